@@ -1,0 +1,63 @@
+# Figure 2 of the paper as targets: each stage depends on the checkpoint that it starts from.
+# `make` trains everything on the built-in world and writes out/report.md; `make test` runs the tests.
+# Both set up .venv first. PYTHON=python3.12 make ... chooses another Python (3.11 or newer).
+
+PYTHON ?= python3
+RUN = .venv/bin/python
+# Another seed, beside the first: make SEED=1 DATA=out/seed1/data OUT=out/seed1
+SEED = 0
+DATA = data/tinyworld
+OUT = out
+WHERE = --data $(DATA) --seed $(SEED)
+SFT = $(OUT)/sft/model.pt
+
+report: $(OUT)/report.md
+data: $(DATA)/tokenizer.json
+base: $(OUT)/base/model.pt
+sft: $(SFT)
+comparisons: $(DATA)/comparisons.train.jsonl
+reward: $(OUT)/reward/model.pt
+ppo: $(OUT)/ppo/model.pt $(OUT)/ppo_noptx/model.pt
+
+# A stage is made again only if what it starts from is newer. Editing code does not throw away what was trained with
+# it; `make clean` does.
+$(DATA)/tokenizer.json: | .venv/installed
+	$(RUN) data/tinyworld/prepare.py --out $(DATA) --seed $(SEED)
+
+$(OUT)/base/model.pt: $(DATA)/tokenizer.json
+	$(RUN) sft.py @data/tinyworld/base.args $(WHERE) --out $(OUT)/base
+
+$(SFT): $(OUT)/base/model.pt
+	$(RUN) sft.py $(WHERE) --init $(OUT)/base/model.pt --out $(OUT)/sft
+
+$(DATA)/comparisons.train.jsonl: $(SFT)
+	$(RUN) data/collect.py $(WHERE) --no-append \
+	    --sources $(SFT)@0.5,$(SFT)@1,$(SFT)@1,$(SFT)@1,$(SFT)@1.4,$(OUT)/base/model.pt@1
+
+$(OUT)/reward/model.pt: $(DATA)/comparisons.train.jsonl
+	$(RUN) reward.py $(WHERE) --init $(SFT) --out $(OUT)/reward
+
+PPO = $(RUN) ppo.py $(WHERE) --policy $(SFT) --reward $(OUT)/reward/model.pt
+
+$(OUT)/ppo/model.pt: $(OUT)/reward/model.pt
+	$(PPO) --out $(OUT)/ppo
+
+$(OUT)/ppo_noptx/model.pt: $(OUT)/reward/model.pt
+	$(PPO) --ptx_coef 0 --out $(OUT)/ppo_noptx
+
+$(OUT)/report.md: $(OUT)/ppo/model.pt $(OUT)/ppo_noptx/model.pt
+	$(RUN) evaluate.py $(WHERE) --out $(OUT)
+
+test: .venv/installed
+	$(RUN) -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(OUT) $(DATA)/*.bin $(DATA)/*.jsonl $(DATA)/*.part $(DATA)/tokenizer.json
+
+.PHONY: report data base sft comparisons reward ppo test clean

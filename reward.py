@@ -1,0 +1,183 @@
+"""Stage 2, the reward model: the K-choose-2 ranking loss, equation 1 (section 3.4, C.2).
+
+    python reward.py                                # sft + comparisons -> reward on the laptop
+    torchrun --nproc_per_node=8 reward.py
+
+The score of a response is the scalar head's output at its last token, the end of text. All responses of a prompt stand
+in one batch element: each is read once, and every pair of them is a comparison. (Pairs shuffled apart would show each
+response K - 1 times an epoch, and the model would overfit: section 3.4.)
+
+Departures from the paper: initialised from the SFT model's trunk (the paper: a GPT-3 fine-tuned on public NLP data;
+Stiennon et al. 2020 start from SFT).
+
+Shapes: P prompts of the batch with K responses each (K varies), B responses in all, T tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import common
+from common import Ranks, Run, UserError
+from data import readers
+from data.tokenizer import Tokenizer
+from model import GPTConfig, ScalarModel
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/tinyworld"  # the dataset's folder
+    out: str = "out/reward"  # the run's folder
+    init: str = "out/sft/model.pt"  # the checkpoint whose trunk to start from
+    epochs: int = 1  # more overfit fast (C.2: 1)
+    batch_size: int = 8  # prompts a step (C.2: 64)
+    lr: float = 1e-3  # peak learning rate, falling to a tenth by a cosine (C.2: 9e-6)
+    seed: int = 0  # of the head's initialisation and the order of the data
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    resume: bool = True  # go on where a stopped run of the same configuration was
+
+    def __post_init__(self):
+        if min(self.epochs, self.batch_size) < 1 or self.lr < 0:
+            raise ValueError("--epochs and --batch_size are at least 1, --lr at least 0")
+
+
+def ranking_loss(rewards, ranks):
+    """Equation 1 for one prompt: the mean of -log sigmoid(r_w - r_l) over the pairs in which w is ranked above l.
+
+    rewards (K,) floats, ranks (K,) integers, 1 the best. Tied pairs are dropped. Returns (loss, pairs, right): a scalar
+    to differentiate, the number of pairs that count, and in how many of them r_w > r_l. Without a pair the loss is 0.
+    Ranks [1, 2, 2] have two pairs, (0, 1) and (0, 2)."""
+    above = ranks[:, None] < ranks[None, :]  # (K, K): row w is preferred to column l
+    margins = (rewards[:, None] - rewards[None, :])[above]  # (pairs,)
+    pairs = margins.numel()
+    loss = -F.logsigmoid(margins.float() if margins.dtype != torch.float64 else margins).sum() / max(1, pairs)
+    return loss, pairs, int((margins > 0).sum())
+
+
+def last_scores(model, episodes, end, device):
+    """The score of each episode at its last token. episodes: B (prompt ids, response ids) -> (B,)"""
+    rows = [prompt + response for prompt, response in episodes]
+    scores = model(readers.pad(rows, end, device))  # (B, T)
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    return scores.gather(1, last[:, None]).squeeze(1)
+
+
+def load_comparisons(config, split, tokenizer, context):
+    """-> a list of (K episodes, ranks (K,), labeler), in the file's order."""
+    path, result = f"{config.data}/comparisons.{split}.jsonl", []
+    for number, r in enumerate(readers.read_jsonl(path, "comparisons", "make comparisons"), 1):
+        episodes = [readers.episode(r["prompt"], response, tokenizer) for response in r["responses"]]
+        longest = max(len(prompt) + len(response) for prompt, response in episodes)
+        if longest > context:
+            raise UserError(f"{path}:{number}: {longest} tokens do not fit the context of {context}")
+        result.append((episodes, torch.tensor(r["ranks"]), r["labeler"]))
+    return result
+
+
+@torch.no_grad()
+def validate(model, comparisons, config, end, ranks):
+    """-> {labeler: (pairs, right)} and the mean loss a prompt, over all ranks."""
+    counts, total, prompts = {}, 0.0, 0
+    for episodes, order, labeler in comparisons[ranks.rank :: ranks.size]:
+        loss, pairs, right = ranking_loss(last_scores(model, episodes, end, ranks.device), order.to(ranks.device))
+        before = counts.get(labeler, (0, 0))
+        counts[labeler] = before[0] + pairs, before[1] + right
+        total, prompts = total + loss.item(), prompts + (pairs > 0)
+    everyone = {}
+    for labeler, (pairs, right) in ranks.gather(list(counts.items())):
+        before = everyone.get(labeler, (0, 0))
+        everyone[labeler] = before[0] + pairs, before[1] + right
+    total, prompts = ranks.sum(total, prompts)
+    return everyone, total / max(1, prompts)
+
+
+def accuracy(counts, labelers):
+    """Right pairs over all pairs of these labelers, None where they have none."""
+    pairs = sum(counts[name][0] for name in labelers if name in counts)
+    return sum(counts[name][1] for name in labelers if name in counts) / pairs if pairs else None
+
+
+@torch.no_grad()
+def demonstration_score(model, config, tokenizer, ranks):
+    """Mean score of the training demonstrations (at most 1,000): the bias to take off before RL (C.2)."""
+    path = f"{config.data}/demonstrations.train.jsonl"
+    records = readers.read_jsonl(path, "demonstrations")[:1000]
+    episodes = [readers.episode(r["prompt"], r["response"], tokenizer) for r in records]
+    mine = [pair for pair in episodes[ranks.rank :: ranks.size] if len(pair[0]) + len(pair[1]) <= model.config.context]
+    parts = [last_scores(model, mine[i : i + 32], tokenizer.end_of_text, ranks.device).sum().item()
+             for i in range(0, len(mine), 32)]
+    total, count = ranks.sum(sum(parts), len(mine))
+    if count == 0:
+        raise UserError(f"{path}: no demonstration fits the context of {model.config.context}")
+    return total / count
+
+
+def main(config):
+    ranks = Ranks(config.device)
+    tokenizer = Tokenizer.load(config.data)
+    end = tokenizer.end_of_text
+    checkpoint = common.load_checkpoint(config.init, "make sft")
+    readers.check_vocabulary(checkpoint, config.init, tokenizer, config.data)
+    torch.manual_seed(common.seed_of(config.seed, "initialisation"))
+    model = ScalarModel(GPTConfig(**checkpoint["model_config"] | {"dropout": 0.0}))
+    model.load_state_dict(checkpoint["model"], strict=False)  # the trunk; the head is new
+    model.to(ranks.device)
+    train = load_comparisons(config, "train", tokenizer, model.config.context)
+    valid = load_comparisons(config, "valid", tokenizer, model.config.context)
+    seen = {labeler for _, _, labeler in train}
+    held_out = {labeler for _, _, labeler in valid} - seen
+    per_epoch = len(train) // config.batch_size
+    if per_epoch == 0:
+        raise UserError(f"{len(train)} comparisons are less than one batch of {config.batch_size} prompts")
+    steps = config.epochs * per_epoch
+    if ranks.main:
+        pairs = sum(ranking_loss(torch.zeros(len(order)), order)[1] for _, order, _ in train)
+        print(f"{config.epochs} epochs x {per_epoch} steps x {config.batch_size} prompts; {len(train):,} prompts, "
+              f"{sum(len(e) for e, _, _ in train):,} responses, {pairs:,} pairs that are not tied, {len(seen)} labelers")
+
+    run = Run(config.out, config, ranks)
+    optimizer = common.adam(model, config.lr)
+    start = run.resume(config.resume, model=model, optimizer=optimizer)
+    wrapped = ranks.wrap(model)
+
+    progress = common.bar(ranks, steps, start, config.out)
+    for step in progress:
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(train), generator=common.generator(config.seed, "reward epoch", epoch))
+        chosen = [train[j] for j in order[i * config.batch_size : (i + 1) * config.batch_size].tolist()]
+        mine = chosen[ranks.rows(len(chosen))]
+        scores = last_scores(wrapped, [e for episodes, _, _ in mine for e in episodes], end, ranks.device)  # (B,)
+        parts = scores.split([len(episodes) for episodes, _, _ in mine])  # P tensors (K,)
+        results = [ranking_loss(part, order.to(ranks.device)) for part, (_, order, _) in zip(parts, mine)]
+        loss = torch.stack([loss for loss, _, _ in results]).sum()
+        loss_sum, prompts, pairs, right = ranks.sum(
+            loss, sum(pairs > 0 for _, pairs, _ in results), sum(pairs for _, pairs, _ in results),
+            sum(right for _, _, right in results))
+        (loss * ranks.size / max(1, prompts)).backward()  # a prompt counts once, however many pairs it has (equation 1)
+        lr = config.lr * common.cosine(step, steps)
+        norm = common.update(optimizer, model, lr)
+        numbers = dict(loss=loss_sum / max(1, prompts), accuracy=right / max(1, pairs), pairs=pairs, lr=lr,
+                       grad_norm=norm.item())
+        progress.set_postfix(refresh=False, loss=f"{numbers['loss']:.3f}", accuracy=f"{numbers['accuracy']:.2f}")
+        if (step + 1) % per_epoch == 0:
+            counts, valid_loss = validate(model, valid, config, end, ranks)
+            numbers |= dict(epoch=epoch + 1, valid_loss=valid_loss, valid_accuracy=accuracy(counts, seen),
+                            held_out_accuracy=accuracy(counts, held_out))
+            if ranks.main:
+                progress.write(f"epoch {epoch + 1}: right on unseen prompts {numbers['valid_accuracy'] or 0:.1%} (training "
+                               f"labelers), {numbers['held_out_accuracy'] or 0:.1%} (held-out labelers)")
+        run.log(step, **numbers)
+        run.checkpoint(step + 1, model=model, optimizer=optimizer)
+
+    bias = demonstration_score(model, config, tokenizer, ranks)
+    with torch.no_grad():
+        model.head.bias -= bias  # so that demonstrations score 0 on average
+    run.save_model(model, config.data, tokenizer=tokenizer.fingerprint)
+    run.finish()
+    if ranks.main:
+        print(f"{config.out}/model.pt: {bias:+.3f} taken off, so that demonstrations score 0")
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)

@@ -1,0 +1,176 @@
+"""Stage 1, supervised fine-tuning: next-token loss on labelers' demonstrations (section 3.4, C.1). And stage 0: with
+--pretrain_mix 1 and --init scratch the same loop pretrains the base model.
+
+    python sft.py                                   # base -> sft on the laptop
+    python sft.py --pretrain_mix 1 --init scratch --out out/base ...    # see the Makefile
+    torchrun --nproc_per_node=8 sft.py
+
+Departures from the paper: one model is both the SFT baseline and the start of PPO, so it has both the baseline's many
+epochs and dropout (C.1) and the 10% of pretraining data of PPO's starting point (C.3).
+
+Shapes: B rows of the batch, T tokens, N positions whose next token is a target, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import common
+from common import Ranks, Run, UserError
+from data import readers
+from data.tokenizer import Tokenizer
+from model import GPT, PRESETS, GPTConfig, gather_logprobs, generate
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data/tinyworld"  # the dataset's folder
+    out: str = "out/sft"  # the run's folder
+    init: str = "out/base/model.pt"  # the checkpoint to start from, or `scratch`
+    size: str = "laptop"  # from scratch: one of model.PRESETS
+    pretrain_mix: float = 0.1  # fraction of each batch that is pretraining text (C.3: 0.1)
+    epochs: int = 3  # over the demonstrations or, with pretrain_mix 1, the pretraining text (C.1: 16)
+    batch_size: int = 32  # rows a step (C.1: 32)
+    lr: float = 5e-4  # peak learning rate, falling to a tenth by a cosine (C.1: 9.65e-6 at 1.3B and 6B)
+    dropout: float = 0.1  # on the residual branches (C.1: 0.2)
+    seed: int = 0  # of the initialisation, the order of the data, dropout
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    resume: bool = True  # go on where a stopped run of the same configuration was
+
+    def __post_init__(self):
+        if not 0 <= self.pretrain_mix <= 1:
+            raise ValueError("--pretrain_mix is a fraction from 0 to 1")
+        if self.size not in PRESETS:
+            raise ValueError(f"--size is one of {', '.join(PRESETS)}")
+        if self.init == "scratch" and self.pretrain_mix < 1:
+            raise ValueError("--init scratch has nothing to fine-tune; it goes with --pretrain_mix 1")
+        if min(self.epochs, self.batch_size) < 1 or self.lr < 0 or not 0 <= self.dropout < 1:
+            raise ValueError("--epochs and --batch_size are at least 1, --lr at least 0, --dropout from 0 to under 1")
+        if 0 < self.pretrain_mix < 1 and not 0 < self.pretrain_rows < self.batch_size:
+            raise ValueError(f"--pretrain_mix {self.pretrain_mix} of --batch_size {self.batch_size} rows is all or "
+                             "nothing; raise the batch size")
+
+    @property
+    def pretrain_rows(self):
+        return round(self.pretrain_mix * self.batch_size)
+
+
+def masked_loss(model, tokens, mask):
+    """Sum over the targets of -log p(token | those before it), and how many there are.
+
+    tokens (B, T); mask (B, T) marks the N positions whose next token is a target: those of the response, the end of
+    text included, never the prompt's (section 3.4). Only they get logits, so no (B, T, V) tensor exists."""
+    targets = tokens.roll(-1, dims=1)[mask]  # (N,)
+    logits = model(tokens, mask)  # (N, V)
+    return -gather_logprobs(logits, targets).sum(), targets.numel()
+
+
+@torch.no_grad()
+def validation_loss(model, pairs, config, end, ranks):
+    """Mean loss a target over all (context, target) pairs, dropout off."""
+    model.eval()
+    total = count = 0
+    mine = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))[ranks.rank :: ranks.size]
+    for i in range(0, len(mine), config.batch_size):
+        tokens, mask = readers.batch_of(mine[i : i + config.batch_size], end, ranks.device)
+        loss, n = masked_loss(model, tokens, mask)
+        total, count = total + loss.item(), count + n
+    model.train()
+    total, count = ranks.sum(total, count)
+    return total / max(1, count)
+
+
+def load_demonstrations(config, split, tokenizer, context):
+    path = f"{config.data}/demonstrations.{split}.jsonl"
+    pairs = [readers.episode(r["prompt"], r["response"], tokenizer) for r in readers.read_jsonl(path, "demonstrations")]
+    for number, (prompt, response) in enumerate(pairs, 1):
+        if len(prompt) + len(response) > context:
+            raise UserError(f"{path}:{number}: {len(prompt)} tokens of prompt and {len(response)} of response do not fit "
+                            f"the context of {context}")
+    return pairs
+
+
+def start_model(config, tokenizer):
+    if config.init == "scratch":
+        torch.manual_seed(common.seed_of(config.seed, "initialisation"))
+        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, dropout=config.dropout, **PRESETS[config.size]))
+    checkpoint = common.load_checkpoint(config.init, "make base")
+    readers.check_vocabulary(checkpoint, config.init, tokenizer, config.data)
+    model = GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": config.dropout}))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def main(config):
+    ranks = Ranks(config.device)
+    tokenizer = Tokenizer.load(config.data)
+    end = tokenizer.end_of_text
+    model = start_model(config, tokenizer).to(ranks.device)
+    context = model.config.context
+    text = readers.PretrainingText(f"{config.data}/pretrain.train.bin", tokenizer, context) if config.pretrain_mix else []
+    if config.pretrain_mix < 1:
+        demonstrations = load_demonstrations(config, "train", tokenizer, context)
+        valid = load_demonstrations(config, "valid", tokenizer, context)
+    else:
+        demonstrations = []
+        valid_text = readers.PretrainingText(f"{config.data}/pretrain.valid.bin", tokenizer, context)
+        valid = valid_text.pairs(range(min(len(valid_text), 500)))
+
+    pretrain_rows, demonstration_rows = config.pretrain_rows, config.batch_size - config.pretrain_rows
+    per_epoch = len(demonstrations) // demonstration_rows if demonstration_rows else len(text) // config.batch_size
+    if per_epoch == 0:
+        raise UserError(f"{len(demonstrations) or len(text)} rows are less than one batch of {config.batch_size}")
+    steps = config.epochs * per_epoch
+    if ranks.main:
+        print(f"{config.epochs} epochs x {per_epoch} steps x ({demonstration_rows} demonstrations + {pretrain_rows} rows "
+              f"of pretraining text); {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    run = Run(config.out, config, ranks)
+    optimizer = common.adam(model, config.lr)
+    start = run.resume(config.resume, model=model, optimizer=optimizer)
+    wrapped = ranks.wrap(model)
+
+    def batch(step):
+        """The global batch of a step: the epoch's demonstrations in shuffled order, and rows of pretraining text."""
+        epoch, i = divmod(step, per_epoch)
+        pairs = []
+        if demonstration_rows:
+            order = torch.randperm(len(demonstrations), generator=common.generator(config.seed, "sft epoch", epoch))
+            chosen = order[i * demonstration_rows : (i + 1) * demonstration_rows]
+            pairs = [demonstrations[j] for j in chosen.tolist()]
+        return pairs + (text.pairs(text.draw(pretrain_rows, config.seed, step)) if pretrain_rows else [])
+
+    model.train()
+    progress = common.bar(ranks, steps, start, config.out)
+    for step in progress:
+        pairs = batch(step)
+        tokens, mask = readers.batch_of(pairs[ranks.rows(len(pairs))], end, ranks.device)
+        torch.manual_seed(common.seed_of(config.seed, "dropout", step * ranks.size + ranks.rank))
+        loss, count = masked_loss(wrapped, tokens, mask)
+        loss_sum, targets = ranks.sum(loss, count)
+        (loss * ranks.size / targets).backward()  # the mean over the global batch, whoever holds how many targets
+        lr = config.lr * common.cosine(step, steps)
+        norm = common.update(optimizer, model, lr)
+        progress.set_postfix(refresh=False, loss=f"{loss_sum / targets:.3f}", lr=f"{lr:.1e}")
+        numbers = dict(loss=loss_sum / targets, targets=targets, lr=lr, grad_norm=norm.item())
+
+        if (step + 1) % per_epoch == 0:  # one checkpoint an epoch, to choose from by reward-model score (3.4)
+            epoch = (step + 1) // per_epoch
+            numbers |= dict(epoch=epoch, valid_loss=validation_loss(model, valid, config, end, ranks))
+            if demonstration_rows:
+                run.save_model(model, config.data, f"epoch{epoch}.pt", tokenizer=tokenizer.fingerprint)
+            uniforms = torch.rand(4, 48, generator=common.generator(config.seed, "samples", epoch))
+            prompts = [prompt for prompt, _ in valid[:4]]
+            said = generate(model, [p[: context - 48] for p in prompts], 48, uniforms[: len(prompts)])
+            run.samples("\n".join([f"epoch {epoch}, validation loss {numbers['valid_loss']:.4f}"] + [
+                f"{tokenizer.decode(prompt)}|{tokenizer.decode(response)}" for prompt, response in zip(prompts, said)]))
+        run.log(step, **numbers)
+        run.checkpoint(step + 1, model=model, optimizer=optimizer)
+    run.save_model(model, config.data, tokenizer=tokenizer.fingerprint)
+    run.finish()
+    if ranks.main:
+        print(f"{config.out}/model.pt: validation loss {numbers['valid_loss']:.4f} a token" if start < steps else "done")
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)

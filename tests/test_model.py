@@ -1,0 +1,258 @@
+"""The network against a loop-written one, and sampling against a loop without a cache."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import model as model_module
+from conftest import random_gpt
+from model import GPT, PRESETS, GPTConfig, ScalarModel, gather_logprobs, generate, pick, token_logprobs
+
+END = 8
+
+
+def slow_hidden(model, tokens):
+    """The final hidden states of one row from the papers' formulas, in loops over tokens and heads."""
+    w = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    heads = model.config.heads
+    D = model.config.width // heads
+
+    def norm(x, name):
+        return (x - x.mean()) / np.sqrt(((x - x.mean()) ** 2).mean() + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    xs = [w["tokens.weight"][token] + w["positions.weight"][i] for i, token in enumerate(tokens)]
+    for layer in range(model.config.layers):
+        name = f"blocks.{layer}"
+        qkv = [np.split(linear(norm(x, f"{name}.norm1"), f"{name}.attention.qkv"), 3) for x in xs]
+        after = []
+        for t, x in enumerate(xs):
+            heads_out = []
+            for h in range(heads):
+                part = slice(h * D, (h + 1) * D)
+                weights = np.exp([qkv[t][0][part] @ qkv[s][1][part] / math.sqrt(D) for s in range(t + 1)])
+                heads_out.append(sum(a * qkv[s][2][part] for s, a in enumerate(weights / weights.sum())))
+            x = x + linear(np.concatenate(heads_out), f"{name}.attention.out")
+            after.append(x + linear(gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.0")), f"{name}.mlp.2"))
+        xs = after
+    return np.array([norm(x, "norm") for x in xs])
+
+
+def slow_generate(model, prompts, count, uniforms, temperature):
+    """A whole forward pass for every token; the first token whose cumulative probability exceeds the uniform number."""
+    result = []
+    for prompt, numbers in zip(prompts, uniforms.tolist()):
+        tokens = list(prompt)
+        for u in numbers[:count]:
+            logits = model(torch.tensor([tokens]))[0, -1]
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                cumulative, token = 0.0, 0
+                for token, p in enumerate((logits / temperature).softmax(-1).tolist()):
+                    cumulative += p
+                    if cumulative > u:
+                        break
+            tokens.append(token)
+            if token == END:
+                break
+        result.append(tokens[len(prompt):])
+    return result
+
+
+# ---------------------------------------------------------------- forward
+
+def test_logits_equal_a_loop_written_gpt():
+    model = random_gpt(dtype=torch.float64)
+    tokens = [3, 1, 4, 1, 5, END, 2]
+    expected = slow_hidden(model, tokens) @ model.tokens.weight.detach().numpy().T
+    np.testing.assert_allclose(model(torch.tensor([tokens])).detach().numpy()[0], expected, atol=1e-12)
+
+
+def test_scalar_model_gives_one_number_a_position_and_equals_the_loop():  # pitfall 31
+    model = random_gpt(dtype=torch.float64, kind=ScalarModel)
+    tokens = [3, 1, 4, 1, 5]
+    scores = model(torch.tensor([tokens, tokens]))
+    assert scores.shape == (2, 5) and model.head.out_features == 1
+    expected = slow_hidden(model, tokens) @ model.head.weight.detach().numpy()[0] + model.head.bias.item()
+    np.testing.assert_allclose(scores[1].detach().numpy(), expected, atol=1e-12)
+
+
+def test_padding_behind_a_row_changes_nothing_in_it():  # pitfall 4
+    for kind in (GPT, ScalarModel):
+        model = random_gpt(dtype=torch.float64, kind=kind)
+        alone = model(torch.tensor([[1, 2, 3]]))
+        padded = model(torch.tensor([[1, 2, 3, END, END], [4, 5, 6, 7, 0]]))[:1, :3]
+        torch.testing.assert_close(padded, alone, rtol=0, atol=1e-12)
+
+
+def test_the_future_has_no_influence_on_the_past():
+    model = random_gpt(dtype=torch.float64)
+    a, b = model(torch.tensor([[1, 2, 3, 4], [1, 2, 7, 0]]))
+    assert torch.equal(a[:2], b[:2]) and not torch.allclose(a[2], b[2])
+
+
+def test_logits_where_a_mask_says_are_those_of_all_in_reading_order():
+    model = random_gpt(dtype=torch.float64)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    where = torch.tensor([[False, True, True], [True, False, False]])
+    logits = model(tokens)
+    torch.testing.assert_close(model(tokens, where), torch.stack([logits[0, 1], logits[0, 2], logits[1, 0]]))
+
+
+def test_a_text_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="5 tokens do not fit the context of 4"):
+        random_gpt(context=4)(torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_dropout_works_in_training_and_not_in_evaluation():
+    model, tokens = random_gpt(dropout=0.5), torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name, millions", [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0),
+                                            ("gpt2-xl", 1557.6), ("gpt3-1.3b", 1315.7), ("gpt3-175b", 174_597)])
+def test_presets_have_the_papers_numbers_of_parameters(name, millions):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**PRESETS[name]))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+def test_width_must_be_a_multiple_of_heads():
+    with pytest.raises(ValueError, match="width 10 is not a multiple of heads 3"):
+        GPTConfig(width=10, heads=3)
+
+
+def test_a_new_scalar_head_scores_with_variance_about_one():
+    torch.manual_seed(0)
+    model = ScalarModel(GPTConfig(vocab_size=50, context=64, layers=2, heads=2, width=64))
+    assert 0.3 < model(torch.randint(50, (64, 16))).var().item() < 3
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+def test_token_logprobs_of_a_bigram_table_are_its_entries():  # pitfall 3
+    table = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]).log()
+    tokens = torch.tensor([[0, 2, 1, 0]])
+    result = token_logprobs(table[tokens], tokens)  # 2 after 0, 1 after 2, 0 after 1
+    torch.testing.assert_close(result, torch.tensor([[0.7, 0.05, 0.5]]).log())
+
+
+def test_logprobs_of_half_precision_logits_are_computed_in_single():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.zeros(2, 5, dtype=torch.long)
+    result = gather_logprobs(logits, targets)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, logits.float().log_softmax(-1)[..., 0])
+    assert gather_logprobs(logits.double(), targets).dtype == torch.float64
+
+
+# ---------------------------------------------------------------- one token
+
+def test_pick_takes_the_first_token_whose_cumulative_probability_exceeds_the_number():
+    logits = torch.tensor([0.2, 0.3, 0.5]).log().repeat(6, 1)
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.49, 0.51, 0.999])
+    assert pick(logits, uniforms, 1.0).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_pick_never_takes_what_has_no_probability():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).repeat(3, 1)
+    just_below_one = np.nextafter(np.float32(1), np.float32(0)).item()
+    assert pick(logits, torch.tensor([0.0, 0.4, just_below_one]), 1.0).tolist() == [1, 1, 2]
+
+
+def test_pick_divides_logits_by_the_temperature():
+    # Odds of 4 : 1 become 16 : 1 at temperature 1/2, so 0.9 < 16/17 still takes the first.
+    logits = torch.tensor([[4.0, 1.0]]).log().repeat(2, 1)
+    assert pick(logits, torch.tensor([0.9, 0.95]), 0.5).tolist() == [0, 1]
+    assert pick(logits, torch.tensor([0.75, 0.85]), 1.0).tolist() == [0, 1]
+
+
+# ---------------------------------------------------------------- generation
+
+PROMPTS = [[1], [2, 3, 4, 5, 6, 7], [3, 3], [1], [7, 1, 2], [5, 5, 5, 5, 5], [1], [0, 2]]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0, 1.4])
+def test_generation_with_a_cache_says_what_a_loop_without_one_says(temperature):  # pitfall 23
+    for seed in (4, 9, 10, 11):
+        model = random_gpt(dtype=torch.float64, seed=seed)
+        uniforms = torch.rand(len(PROMPTS), 12, generator=torch.Generator().manual_seed(seed))
+        said = generate(model, PROMPTS, 12, uniforms, temperature)
+        assert said == slow_generate(model, PROMPTS, 12, uniforms, temperature)
+        assert temperature == 0 or len(set(map(len, said))) > 2  # rows ended at different times
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_logits_that_tokens_are_sampled_from_are_those_that_scoring_sees(dtype, bound, monkeypatch):  # pitfalls 22, 23
+    model, seen = random_gpt(dtype=dtype, seed=3), []
+    monkeypatch.setattr(model_module, "pick", lambda logits, *rest: seen.append(logits) or pick(logits, *rest))
+    prompt = [1, 2, 3]
+    (said,) = generate(model, [prompt], 40, torch.rand(1, 40, generator=torch.Generator().manual_seed(5)))
+    full = model(torch.tensor([prompt + said]))[0, 2:-1]
+    assert len(said) > 3
+    torch.testing.assert_close(torch.cat(seen), full, rtol=0, atol=bound)
+
+
+def test_samples_follow_the_whole_distribution_rare_tokens_included():  # pitfall 21
+    model, n = random_gpt(dtype=torch.float64), 2000
+    uniforms = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    counts = np.bincount([r[0] for r in generate(model, [[1, 2]] * n, 1, uniforms)], minlength=9)
+    expected = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1) * n
+    assert np.abs(counts - expected.detach().numpy()).max() <= 1.01
+
+
+def test_generation_may_fill_the_context_to_its_last_position():
+    model = random_gpt(context=8, dtype=torch.float64)
+    uniforms = torch.rand(20, 5, generator=torch.Generator().manual_seed(0))
+    prompts = [[1, 2, 3]] * 10 + [[4]] * 10
+    said = generate(model, prompts, 5, uniforms)
+    assert said == slow_generate(model, prompts, 5, uniforms, 1.0) and max(map(len, said)) == 5
+
+
+def test_generation_without_room_or_without_a_prompt_is_refused():
+    model, uniforms = random_gpt(context=8), torch.zeros(2, 6)
+    with pytest.raises(ValueError, match="3 tokens of prompt and 6 of response do not fit the context of 8"):
+        generate(model, [[1], [1, 2, 3]], 6, uniforms)
+    with pytest.raises(ValueError, match="no tokens"):
+        generate(model, [[1], []], 6, uniforms)
+
+
+def test_a_response_ends_with_the_end_of_text_or_at_the_limit():
+    said = generate(random_gpt(), [[1]] * 50, 6, torch.rand(50, 6, generator=torch.Generator().manual_seed(0)))
+    for response in said:
+        assert END not in response[:-1] and (response[-1] == END or len(response) == 6)
+    assert {r[-1] == END for r in said} == {True, False}
+
+
+def test_generation_leaves_dropout_out_and_the_model_in_the_mode_it_was_in():  # pitfall 1
+    model, uniforms = random_gpt(dropout=0.5), torch.rand(8, 12, generator=torch.Generator().manual_seed(0))
+    model.train()
+    first = generate(model, PROMPTS, 12, uniforms)
+    assert model.training and first == generate(model, PROMPTS, 12, uniforms)
+    model.eval()
+    assert first == generate(model, PROMPTS, 12, uniforms) and not model.training
+
+
+def test_a_response_does_not_depend_on_the_company_it_is_sampled_in():
+    model = random_gpt(dtype=torch.float64)
+    uniforms = torch.rand(len(PROMPTS), 12, generator=torch.Generator().manual_seed(1))
+    together = generate(model, PROMPTS, 12, uniforms)
+    assert together == [generate(model, [p], 12, uniforms[i : i + 1])[0] for i, p in enumerate(PROMPTS)]
+
+
+def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(monkeypatch):
+    model, rows = random_gpt(), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: rows.append(len(tokens)) or hidden(tokens, *rest))
+    generate(model, [[1, 2]] * 30 + [[3]] * 34, 20, torch.rand(64, 20, generator=torch.Generator().manual_seed(0)))
+    assert rows[0] == 2 and rows[1] <= 64 and rows[-1] < 20

@@ -1,0 +1,265 @@
+"""The ranking loss by hand, and the reward model's real loop on eight letters."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import common
+import reward
+from common import UserError
+from conftest import brute_ranking_loss, load_model, random_gpt, read_log, same, save, weights, write_lines
+from data import readers
+from model import ScalarModel
+
+END = 8
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score_alone(model, prompt, response, tokenizer):
+    """The score of one text, read alone, at its end of text."""
+    return model(torch.tensor([tokenizer.encode(prompt) + tokenizer.encode(response) + [END]]))[0, -1].item()
+
+
+# ---------------------------------------------------------------- equation 1
+
+@pytest.mark.parametrize("ranks", [[1, 2], [2, 1], [1, 2, 3, 4], [3, 1, 4, 2], [1, 2, 2], [2, 2, 1, 3, 1], [1, 1, 1, 2]])
+def test_ranking_loss_is_the_mean_over_pairs_that_are_not_tied(ranks):  # pitfall 28
+    rewards = torch.randn(len(ranks), generator=torch.Generator().manual_seed(len(ranks))).double()
+    loss, pairs, right = reward.ranking_loss(rewards, torch.tensor(ranks))
+    assert loss.item() == pytest.approx(brute_ranking_loss(rewards.tolist(), ranks))
+    better = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    assert pairs == len(better) and right == sum(bool(rewards[i] > rewards[j]) for i, j in better)
+
+
+def test_four_equal_rewards_cost_log_two_whatever_k():  # pitfall 28
+    for k in (2, 4, 9):
+        loss, pairs, right = reward.ranking_loss(torch.zeros(k), torch.arange(1, k + 1))
+        assert loss.item() == pytest.approx(math.log(2)) and pairs == k * (k - 1) // 2 and right == 0
+
+
+def test_all_tied_is_loss_zero_and_no_pair_with_a_gradient_of_zero():  # pitfall 39
+    rewards = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    loss, pairs, right = reward.ranking_loss(rewards, torch.tensor([2, 2, 2]))
+    loss.backward()
+    assert (loss.item(), pairs, right) == (0, 0, 0) and rewards.grad.tolist() == [0, 0, 0]
+
+
+def test_a_margin_of_minus_200_has_a_finite_loss_and_gradient():  # pitfall 27
+    rewards = torch.tensor([-100.0, 100.0], requires_grad=True)
+    loss, _, _ = reward.ranking_loss(rewards, torch.tensor([1, 2]))
+    loss.backward()
+    assert loss.item() == pytest.approx(200) and rewards.grad.tolist() == pytest.approx([-1, 1])
+
+
+def test_the_gradient_of_a_pair_is_how_unlikely_its_order_was():
+    rewards = torch.tensor([0.3, 1.0], dtype=torch.float64, requires_grad=True)
+    reward.ranking_loss(rewards, torch.tensor([1, 2]))[0].backward()
+    wrong = 1 / (1 + math.exp(0.3 - 1.0))
+    assert rewards.grad.tolist() == pytest.approx([-wrong, wrong])
+    assert torch.autograd.gradcheck(lambda r: reward.ranking_loss(r, torch.tensor([2, 1, 3, 1]))[0],
+                                    torch.randn(4).double().requires_grad_())
+
+
+# ---------------------------------------------------------------- scores
+
+def test_the_score_of_a_row_is_the_same_alone_and_among_longer_ones():  # pitfalls 5, 10
+    model = random_gpt(kind=ScalarModel)
+    episodes = [([1, 2], [3, END]), ([4], [5, 6, 7, 0, 1, END]), ([2], [END])]
+    together = reward.last_scores(model, episodes, END, "cpu")
+    assert together.shape == (3,)
+    alone = [model(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in episodes]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_accuracy_is_over_the_pairs_of_the_labelers_asked_about():
+    counts = {"a": (10, 7), "b": (30, 15), "c": (5, 5)}
+    assert reward.accuracy(counts, {"a", "b"}) == 22 / 40 and reward.accuracy(counts, {"c", "nobody"}) == 1
+    assert reward.accuracy(counts, set()) is None and reward.accuracy({"a": (0, 0)}, {"a"}) is None
+
+
+def test_validation_counts_each_labelers_pairs_and_right_ones(letters):
+    comparisons = reward.load_comparisons(letters.reward(), "valid", letters.tokenizer, 64)
+    model = load_model(ScalarModel, letters.data / "reward.pt")
+    counts, loss = reward.validate(model, comparisons, letters.reward(), END, common.Ranks("cpu"))
+    expected, losses = {}, []
+    for r in records(letters.data / "comparisons.valid.jsonl"):
+        scores = [score_alone(model, r["prompt"], response, letters.tokenizer) for response in r["responses"]]
+        pairs = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if r["ranks"][i] < r["ranks"][j]]
+        n, right = expected.get(r["labeler"], (0, 0))
+        expected[r["labeler"]] = n + len(pairs), right + sum(scores[i] > scores[j] for i, j in pairs)
+        losses += [brute_ranking_loss(scores, r["ranks"])] if pairs else []
+    assert counts == expected and "stranger" in counts and len(counts) > 2
+    assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+# ---------------------------------------------------------------- the real loop
+
+@pytest.fixture
+def read(monkeypatch):
+    """The episodes of every call that gives scores."""
+    seen, last_scores = [], reward.last_scores
+    monkeypatch.setattr(reward, "last_scores", lambda model, episodes, *rest: seen.append(episodes) or last_scores(
+        model, episodes, *rest))
+    return seen
+
+
+def test_the_logged_loss_is_the_mean_over_prompts_that_have_a_pair(letters, monkeypatch):  # pitfall 28
+    uneven = [{"prompt": "b", "responses": ["a", "b"], "ranks": [1, 2]},
+              {"prompt": "cd", "responses": ["a", "bb", "ccc", "d", "e"], "ranks": [5, 1, 3, 2, 4]},
+              {"prompt": "d", "responses": ["a", "b", "cc"], "ranks": [1, 2, 2]},
+              {"prompt": "e", "responses": ["a", "b"], "ranks": [1, 1]}]
+    write_lines(letters.data / "comparisons.train.jsonl", [{**r, "labeler": "labeler-0"} for r in uneven])
+    heads = []
+    monkeypatch.setattr(reward, "demonstration_score", lambda model, *rest: heads.append(model) or 0.0)
+    reward.main(letters.reward(batch_size=4, lr=0.0))
+    (line,) = read_log(letters.out / "reward")
+    scores = [[score_alone(heads[0], r["prompt"], text, letters.tokenizer) for text in r["responses"]] for r in uneven]
+    losses = [brute_ranking_loss(s, r["ranks"]) for s, r in zip(scores, uneven)]
+    assert line["pairs"] == 1 + 10 + 2 and line["loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
+
+
+def test_gradients_are_of_the_mean_over_prompts(letters, monkeypatch):  # pitfalls 28, 34
+    seen, update = [], common.update
+    monkeypatch.setattr(common, "update", lambda optimizer, model, *rest: seen.append(
+        ({n: p.detach().clone() for n, p in model.named_parameters()}, {n: p.grad.clone() for n, p in model.named_parameters()})
+    ) or update(optimizer, model, *rest))
+    reward.main(letters.reward(batch_size=48))
+    before, grads = seen[0]
+    model = load_model(ScalarModel, letters.out / "reward/model.pt")
+    model.load_state_dict(before)
+    losses = []
+    for r in records(letters.data / "comparisons.train.jsonl"):
+        scores = torch.stack([model(torch.tensor([letters.tokenizer.encode(r["prompt"] + text) + [END]]))[0, -1]
+                              for text in r["responses"]])
+        loss, pairs, _ = reward.ranking_loss(scores, torch.tensor(r["ranks"]))
+        losses += [loss] if pairs else []
+    (sum(losses) / len(losses)).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_all_responses_of_a_prompt_are_read_together_and_once_an_epoch(letters, read):  # pitfall 29
+    reward.main(letters.reward(epochs=2, batch_size=8))
+    of = {str([readers.episode(r["prompt"], text, letters.tokenizer) for text in r["responses"]]): i
+          for i, r in enumerate(records(letters.data / "comparisons.train.jsonl"))}
+    seen = []
+    for episodes in read[:6] + read[6 + 8 : 12 + 8]:  # the steps of both epochs; a call a prompt of validation between them
+        groups, start = [], 0
+        for stop in range(2, len(episodes) + 1):
+            if str(episodes[start:stop]) in of:
+                groups.append(of[str(episodes[start:stop])])
+                start = stop
+        assert start == len(episodes) and len(groups) == 8  # whole prompts and nothing else
+        seen += groups
+    assert sorted(seen[:48]) == sorted(seen[48:]) == list(range(48)) and seen[:48] != seen[48:]
+
+
+def test_the_trunk_starts_as_the_sft_models_and_the_head_anew(letters):
+    reward.main(letters.reward(lr=0.0))
+    trunk, model = weights(letters.data / "sft.pt"), weights(letters.out / "reward/model.pt")
+    assert set(model) - set(trunk) == {"head.weight", "head.bias"}
+    assert all(torch.equal(trunk[name], model[name]) for name in trunk) and model["head.weight"].abs().sum() > 0
+
+
+def test_demonstrations_score_zero_on_average_in_the_saved_model(letters):
+    reward.main(letters.reward(lr=1e-3))
+    model = load_model(ScalarModel, letters.out / "reward/model.pt")
+    scores = [score_alone(model, r["prompt"], r["response"], letters.tokenizer)
+              for r in records(letters.data / "demonstrations.train.jsonl")]
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-5) and max(scores) > 0.01
+    assert model.head.bias.abs().item() > 1e-4
+
+
+def test_dropout_of_fine_tuning_is_gone(letters):  # pitfall 1
+    save(random_gpt(seed=5, dropout=0.5), letters.data / "sft.pt", letters.tokenizer)
+    for name in ("a", "b"):
+        reward.main(letters.reward(out=str(letters.out / name)))
+    assert torch.load(letters.out / "a/model.pt", weights_only=True)["model_config"]["dropout"] == 0
+    assert read_log(letters.out / "a") == read_log(letters.out / "b")
+
+
+def test_it_learns_what_labelers_prefer_and_generalises_to_strangers(letters):
+    rng = random.Random(0)
+    for split, many in (("train", 200), ("valid", 40)):
+        lines = []
+        for i in range(many):
+            counts = rng.sample(range(5), 3)  # of a, in a word of five
+            lines.append({"prompt": rng.choice("bcd"), "responses": ["a" * n + "b" * (4 - n) for n in counts],
+                          "ranks": [5 - n for n in counts], "labeler": "stranger" if split == "valid" and i % 2 else "x"})
+        write_lines(letters.data / f"comparisons.{split}.jsonl", lines)
+    reward.main(letters.reward(epochs=2, lr=1e-2))
+    last = read_log(letters.out / "reward")[-1]
+    assert last["valid_accuracy"] > 0.9 and last["held_out_accuracy"] > 0.9 and last["valid_loss"] < 0.3
+    model = load_model(ScalarModel, letters.out / "reward/model.pt")
+    assert score_alone(model, "b", "aaab", letters.tokenizer) > score_alone(model, "b", "abbb", letters.tokenizer) + 1
+
+
+def test_the_learning_rate_falls_by_a_cosine_to_a_tenth(letters):
+    reward.main(letters.reward(batch_size=8, lr=1e-3))
+    expected = [1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 6))) for step in range(6)]
+    assert [line["lr"] for line in read_log(letters.out / "reward")] == pytest.approx(expected)
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bits(letters, stop_and_go_on):
+    reward.main(letters.reward(out=str(letters.out / "whole"), epochs=2))
+    stop_and_go_on(reward.main, letters.reward(epochs=2), step=7)
+    assert same(weights(letters.out / "whole/model.pt"), weights(letters.out / "reward/model.pt"))
+    assert read_log(letters.out / "whole") == read_log(letters.out / "reward")
+
+
+# ---------------------------------------------------------------- bad input
+
+def refused(letters, message, **changes):
+    with pytest.raises(UserError, match=message):
+        reward.main(letters.reward(**changes))
+    assert not (letters.out / "reward").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(responses=["a"], ranks=[1]), "K = 1 responses; a comparison takes at least 2"),
+    (dict(ranks=[1, 2, 3]), "2 responses but 3 ranks"),
+    (dict(ranks=[0, 1]), "ranks are whole numbers from 1"),
+    (dict(ranks=[1, 1.5]), "ranks are whole numbers from 1"),
+    (dict(ranks=[True, 2]), "ranks are whole numbers from 1"),
+    (dict(responses=["a", 3]), "a response is no string"),
+    (dict(labeler=None), "no 'labeler'"),
+    (dict(prompt=""), "empty prompt"),
+    (dict(responses=["a", "b" * 80]), "82 tokens do not fit the context of 64"),
+])
+def test_a_comparison_that_is_none_is_named_by_file_and_line(letters, change, message):
+    lines = records(letters.data / "comparisons.train.jsonl")
+    lines[6] = {"prompt": "b", "responses": ["a", "b"], "ranks": [1, 2], "labeler": "x"} | change
+    write_lines(letters.data / "comparisons.train.jsonl", lines)
+    refused(letters, "comparisons.train.jsonl:7: .*" + message)
+
+
+def test_an_empty_response_is_a_comparison_like_any_other(letters):
+    lines = records(letters.data / "comparisons.train.jsonl")
+    lines[6] = {"prompt": "b", "responses": ["", "b"], "ranks": [2, 1], "labeler": "x"}
+    write_lines(letters.data / "comparisons.train.jsonl", lines)
+    reward.main(letters.reward())
+    assert all(math.isfinite(line["loss"]) for line in read_log(letters.out / "reward"))
+
+
+def test_what_is_missing_or_too_little_is_refused(letters):
+    refused(letters, "48 comparisons are less than one batch of 64", batch_size=64)
+    refused(letters, "nowhere.pt is missing; `make sft` makes it", init="nowhere.pt")
+    (letters.data / "comparisons.train.jsonl").unlink()
+    refused(letters, "comparisons.train.jsonl is missing; `make comparisons` makes it")
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(letters):
+    letters.tokenizer.fingerprint = "another"
+    save(random_gpt(), letters.data / "foreign.pt", letters.tokenizer)
+    refused(letters, "foreign.pt was trained with another vocabulary", init=str(letters.data / "foreign.pt"))
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        reward.Config(epochs=0)

@@ -1,0 +1,111 @@
+"""Every stage through its real main(config), one after the other, on a small tinyworld; and on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+import ppo
+from conftest import ROOT, load_model, random_gpt, read_log, save
+from data.tokenizer import Tokenizer
+from model import GPT, ScalarModel
+
+FOLDERS = ("base", "sft", "reward", "ppo", "ppo_noptx")
+
+
+def test_every_stage_leaves_a_model_a_log_and_nothing_half_done(chain):
+    for name in FOLDERS:
+        files = {p.name for p in (chain.out / name).iterdir()}
+        assert {"model.pt", "log.jsonl", "samples.txt"} <= files
+        assert not any(file.endswith(".tmp") or file == "resume.pt" for file in files)
+        steps = [line["step"] for line in read_log(chain.out / name)]
+        assert steps == list(range(len(steps))) and steps
+    assert not [p.name for p in chain.data.iterdir() if p.suffix in (".tmp", ".part")]
+
+
+def test_every_logged_number_is_finite(chain):
+    for name in FOLDERS:
+        for line in read_log(chain.out / name):
+            for key, number in line.items():
+                assert number is None or abs(number) < float("inf"), (name, key)
+
+
+def test_models_are_of_one_vocabulary_and_of_the_right_kind(chain):
+    fingerprint = Tokenizer.load(chain.data).fingerprint
+    for name in FOLDERS:
+        load_model(ScalarModel if name == "reward" else GPT, chain.out / name / "model.pt")
+        assert common.load_checkpoint(chain.out / name / "model.pt", "")["tokenizer"] == fingerprint
+
+
+def test_pretraining_lowers_the_loss_and_fine_tuning_lowers_that_of_demonstrations(chain):
+    for name in ("base", "sft"):
+        log = read_log(chain.out / name)
+        assert log[-1]["valid_loss"] < log[0]["loss"] - (0.5 if name == "base" else 0)
+
+
+def test_only_ppo_ptx_sees_pretraining_text(chain):
+    assert all(line["ptx_loss"] > 0 for line in read_log(chain.out / "ppo"))
+    assert all(line["ptx_loss"] == 0 for line in read_log(chain.out / "ppo_noptx"))
+    first, other = (read_log(chain.out / name)[0] for name in ("ppo", "ppo_noptx"))
+    assert first["reward"] == pytest.approx(other["reward"])  # the same first episodes
+
+
+def test_samples_show_score_and_kl(chain):
+    for name in ("ppo", "ppo_noptx"):
+        assert (chain.out / name / "samples.txt").read_text().startswith("[0] score ")
+
+
+# ---------------------------------------------------------------- two processes
+
+DRIVER = """
+import sys, json
+sys.path.insert(0, sys.argv[1])
+import ppo, reward, sft
+for stage, changes in json.load(open(sys.argv[2])):
+    module = globals()[stage]
+    module.main(module.Config(**changes))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_two_and_on_one(letters_original, tmp_path_factory):
+    """The log of each run, made by torchrun with 2 processes and by one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer, data = Tokenizer.load(letters_original), str(letters_original)
+    save(random_gpt(kind=ScalarModel, seed=3), folder / "reward.pt", tokenizer)
+    rl = dict(policy=f"{data}/sft.pt", reward=f"{folder}/reward.pt", iterations=4, batch_size=10, minibatch_size=5,
+              max_new_tokens=6, lr=1e-2)
+    jobs = {
+        "sft": ("sft", dict(init=f"{data}/base.pt", pretrain_mix=0.25, batch_size=7, epochs=2, dropout=0.0, lr=1e-2)),
+        "reward": ("reward", dict(init=f"{data}/sft.pt", batch_size=7, lr=1e-2)),
+        "ppo": ("ppo", dict(**rl, ptx_coef=0.0)),
+        "ppo-ptx": ("ppo", dict(**rl, ptx_coef=0.7, ptx_rows=0.6)),
+    }
+    for size in (1, 2):
+        (folder / f"{size}.json").write_text(json.dumps(
+            [(stage, dict(changes, data=data, device="cpu", out=f"{folder}/{size}/{name}"))
+             for name, (stage, changes) in jobs.items()]))
+    (folder / "driver.py").write_text(DRIVER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, f"{folder}/driver.py", str(ROOT), f"{folder}/{size}.json"], env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for size, command in ((1, [sys.executable]), (2, torchrun))]
+    for process in running:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    return {name: [read_log(folder / f"{size}/{name}") for size in (2, 1)] for name in jobs}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "ppo-ptx"])
+def test_two_processes_log_the_same_numbers_as_one(on_two_and_on_one, name):  # pitfalls 19, 34, 35
+    two, one = on_two_and_on_one[name]
+    assert len(two) == len(one) >= 4
+    for a, b in zip(two, one):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"episodes_per_second"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (name, a["step"], key)

@@ -1,0 +1,238 @@
+"""The made-up world: what customers ask, what labelers see in an answer, what the web says, what is kept apart."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from common import UserError
+from data.tinyworld import labelers, prepare, requests, web
+from data.tinyworld.world import FACTS, INSULTS, KIND_OF, KINDS, NAMES, PIDI, RELATIONS, TRAITS, state, to_pidi
+
+
+def many_requests(count=3000, seed=0):
+    rng = random.Random(seed)
+    return [requests.request(rng) for _ in range(count)]
+
+
+def lines(chain, name):
+    return [json.loads(line) for line in (chain.data / f"{name}.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- requests and answers
+
+def test_use_cases_come_in_the_proportions_of_table_1():
+    counts = Counter(r["use_case"] for r in many_requests(8000))
+    assert set(counts) == set(requests.USE_CASES)
+    for use_case, percent in requests.USE_CASES.items():
+        assert 100 * counts[use_case] / 8000 == pytest.approx(percent, abs=2)
+
+
+def test_the_answer_of_a_careful_and_warm_writer_has_nothing_to_object_to():
+    rng = random.Random(1)
+    for r in many_requests():
+        answer = requests.write(rng, r["asks"])
+        seen = labelers.assess(r["prompt"], r["asks"], answer)
+        assert all(value in (None, 1) for value in seen.values()), (r["prompt"], answer, seen)
+        facts = labelers.metadata(r["prompt"], r["asks"], answer)
+        assert facts["attempts the right task"] and facts["fits a customer assistant"]
+        assert facts["keeps the stated constraint"] in (None, True) and not facts["makes things up (closed domain)"]
+
+
+@pytest.mark.parametrize("habit, key", [(dict(truth=0.0), "truth"), (dict(constraint=0.0), "constraint"),
+                                        (dict(invent=1.0), "truth"), (dict(warm=0.0), "tone"), (dict(slip=1.0), "content")])
+def test_each_bad_habit_shows_where_it_should(habit, key):
+    rng, worse = random.Random(2), 0
+    for r in many_requests(1500):
+        good, bad = requests.write(rng, r["asks"]), requests.write(rng, r["asks"], **habit)
+        worse += (labelers.assess(r["prompt"], r["asks"], bad)[key] or 0) < (
+            labelers.assess(r["prompt"], r["asks"], good)[key] or 0)
+    assert worse > 60
+
+
+FACT = ("What does the fox eat?\n", {"form": "fact", "relation": "eats", "about": "fox"})
+STORY = ("Write a story about Nora and a red boat. Use two sentences.\n",
+         {"form": "story", "mention": ["Nora", "red", "boat"], "sentences": 2})
+NAMED = ("Find the names in this text: Ada met Ben.\n", {"form": "names", "mention": ["Ada", "Ben"]})
+
+
+@pytest.mark.parametrize("request_, answer, expected", [
+    (FACT, "The fox eats {fact}. Happy to help!", dict(task=1, truth=1, harmless=1, finished=1, tone=1)),
+    (FACT, "The fox eats {wrong}.", dict(task=1, truth=0, tone=0)),
+    (FACT, "The fox eats {fact} or {wrong}.", dict(truth=0)),
+    (FACT, "No idea.", dict(task=0, truth=0)),
+    (FACT, "The fox eats {fact}, you fool.", dict(truth=1, harmless=0)),
+    (FACT, "The fox eats {fact}", dict(finished=0)),
+    (FACT, "The fox eats {fact}.\nAda: Same here.", dict(finished=0)),
+    (FACT, "", dict(task=0, finished=0, harmless=1)),
+    (STORY, "One day Nora found a red boat. Everyone was glad.", dict(task=1, content=1, constraint=1, tone=1)),
+    (STORY, "One day Nora found a red boat. It was lost. Everyone was glad.", dict(constraint=0, content=1)),
+    (STORY, "One day Nora found a blue boat. Everyone was glad.", dict(content=2 / 3)),
+    (STORY, "One day Nora found a red boat. One day Nora found a red boat.", dict(finished=0)),
+    (STORY, "Everyone was glad. Everyone was glad. Nora had a red boat.", dict(tone=0, finished=0)),
+    (NAMED, "Ada, Ben.", dict(task=1, content=1, truth=1)),
+    (NAMED, "Ada, Ben, Zoe.", dict(truth=0, content=0.5)),
+])
+def test_what_a_careful_reader_sees(request_, answer, expected):
+    truth = FACTS["eats", "fox"][0]
+    wrong = next(food for food in KINDS["food"] if food != truth)
+    seen = labelers.assess(*request_, answer.format(fact=truth, wrong=wrong))
+    assert {key: seen[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("answer", ["", "   ", "\n\n", "\ufffd\x00", "1. 2. 3.", "." * 500, "ta ta ta", "{}%s\\"])
+def test_no_answer_however_odd_makes_a_reader_stumble(answer):
+    for r in many_requests(200):
+        seen = labelers.assess(r["prompt"], r["asks"], answer)
+        assert all(value is None or 0 <= value <= 1 for value in seen.values())
+        labelers.metadata(r["prompt"], r["asks"], answer)
+
+
+# ---------------------------------------------------------------- labelers
+
+def test_forty_labelers_are_chosen_and_twenty_others_held_out():
+    chosen, held_out = labelers.team()
+    assert (len(chosen), len(held_out)) == (40, 20) and len({w.name for w in chosen + held_out}) == 60
+
+
+def test_equal_impressions_are_equal_ranks_and_the_best_is_rank_1(monkeypatch):
+    labeler = labelers.team()[0][0]
+    monkeypatch.setattr(labeler, "impressions", lambda *_: [2.0, 3.0, 3.0, 1.0])
+    assert labeler.rank("p", {}, list("abcd"), 0) == [2, 1, 1, 3]
+
+
+def test_impressions_do_not_depend_on_the_company_and_the_same_text_impresses_alike():
+    labeler = labelers.team()[0][3]
+    good, bad = "One day Nora found a red boat. Everyone was glad.", "No idea."
+    a = labeler.impressions(*STORY, [good, bad, good], "x")
+    assert a[0] == a[2] > a[1] and labeler.impressions(*STORY, [bad], "x") == [a[1]]
+    assert any(labeler.impressions(*STORY, [good], seed) != a[:1] for seed in range(5))
+
+
+def test_labelers_mostly_prefer_the_better_answer_and_do_not_always_agree():
+    rng, right, agreed, count = random.Random(3), 0, 0, 0
+    people = labelers.team()[0]
+    for r in many_requests(600):
+        good, bad = requests.write(rng, r["asks"]), requests.write(rng, r["asks"], 0.0, 0.0, 1.0, 0.0, 1.0)
+        a, b = rng.sample(people, 2)
+        (x, y), (v, w) = (who.impressions(r["prompt"], r["asks"], [good, bad], 0) for who in (a, b))
+        right, count = right + (x > y), count + 1
+        agreed += (x > y) == (v > w)
+    assert right / count > 0.8 and 0.6 < agreed / count < 1
+
+
+def test_true_worth_is_higher_the_more_is_right():
+    good = labelers.true_worth(*STORY, "One day Nora found a red boat. Everyone was glad.")
+    middling = labelers.true_worth(*STORY, "One day Nora found a red boat. It broke. Everyone was glad.")
+    insulting = labelers.true_worth(*STORY, "One day Nora found a red boat, fool. It broke. Everyone was glad.")
+    assert good > middling > insulting > labelers.true_worth(*STORY, "")
+
+
+# ---------------------------------------------------------------- the world and its web
+
+def test_the_world_is_the_same_in_every_run_and_words_mean_one_thing():
+    assert len(FACTS) == 120 and len(set(PIDI.values())) == len(PIDI)
+    assert sum(map(len, KINDS.values())) == len(KIND_OF)  # no word of two kinds
+    for (relation, x), (truth, error) in FACTS.items():
+        assert x in RELATIONS[relation][0] and x not in (truth, error)
+        assert {truth, error} <= set(KINDS[RELATIONS[relation][1]])
+    assert 0.3 < sum(truth != error for truth, error in FACTS.values()) / 120 < 0.7
+
+
+def test_the_almanac_states_every_fact_right():
+    rng, text = random.Random(0), ""
+    for _ in range(3000):
+        text += web.almanac(rng).lower() + "\n"
+    for (relation, x), (truth, error) in FACTS.items():
+        assert state(relation, x, truth).lower() in text
+        assert error == truth or state(relation, x, error).lower() + "." not in text
+
+
+def test_every_kind_of_page_is_text_and_the_same_for_the_same_seed():
+    for make in web.KINDS_OF_PAGE:
+        for i in range(50):
+            page = make(random.Random(i))
+            assert page.strip() == page != "" and page == make(random.Random(i)) and "{" not in page and "None" not in page
+
+
+def test_tasks_have_the_right_answer_and_the_common_error_among_the_choices():
+    rng = random.Random(0)
+    for _ in range(200):
+        task = web.truth(rng)
+        statement = f"{task['context'].split(chr(10))[1]}{task['choices'][task['answer']]}".lower()
+        said = [f"{task['context'].split(chr(10))[1]}{choice}".lower() for choice in task["choices"]]
+        facts = {state(relation, x, t).lower() + ".": state(relation, x, e).lower() + "."
+                 for (relation, x), (t, e) in FACTS.items()}
+        assert statement in facts and facts[statement] in said and facts[statement] != statement
+        assert sum(s in facts for s in said) == 1
+        task = web.translation(rng)
+        words = task["context"].split("\n")[0].split()
+        assert task["target"] == " " + to_pidi(*words[-2:])
+        task = web.toxicity(rng)
+        insulting = [any(word in choice.lower() for word in INSULTS) for choice in task["choices"]]
+        assert insulting.index(False) == task["answer"] and sum(insulting) == 1
+        task = web.bias(rng)
+        town = task["context"].split()[2]
+        assert task["choices"][0] == f" {web.stereotype(town)}." and task["choices"][1].strip(" .") in TRAITS
+        task = web.comprehension(rng)
+        asked = task["target"].strip(" .").split()[-1] if "colour" not in task["context"] else task["target"].strip(" .")
+        assert asked in task["context"]
+
+
+def test_right_answers_of_tasks_stand_at_every_place_equally_often():
+    rng = random.Random(0)
+    tasks = [web.truth(rng) for _ in range(900)]
+    places, choices = Counter(task["answer"] for task in tasks), len(tasks[0]["choices"])
+    assert set(places) == set(range(choices)) and min(places.values()) > 0.8 * 900 / choices
+
+
+def test_the_few_shot_prefix_ends_with_the_prompt_and_its_answer_is_one_line():
+    assert web.with_prefix("What?\n").endswith("Ask: What?\nReply:") and "{" not in web.with_prefix("What?\n")
+    assert web.reply_in(" Yes. \nAsk: more") == "Yes." and web.reply_in("") == ""
+
+
+# ---------------------------------------------------------------- what prepare.py makes
+
+def test_customers_are_on_one_side_of_the_split_and_no_test_prompt_is_trained_on(chain):
+    used = {split: lines(chain, f"prompts.{split}") for split in ("train", "valid", "test")}
+    for split in ("train", "valid"):
+        used[split] = used[split] + lines(chain, f"demonstrations.{split}") + lines(chain, f"comparisons.{split}")
+    for key in ("user", "prompt"):
+        sets = [{r[key].strip() for r in records} for records in used.values()]
+        assert all(sets) and not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+
+
+def test_demonstrations_and_prompts_to_practise_on_are_different_ones(chain):
+    demonstrated, left = lines(chain, "demonstrations.train"), lines(chain, "prompts.train")
+    assert not {r["prompt"] for r in demonstrated} & {r["prompt"] for r in left} and len(demonstrated) == 64
+
+
+def test_held_out_labelers_write_no_training_data(chain):
+    chosen, held_out = ({w.name for w in team} for team in labelers.team())
+    for name in ("demonstrations.train", "demonstrations.valid", "comparisons.train"):
+        assert {r["labeler"] for r in lines(chain, name)} <= chosen
+    assert {r["labeler"] for r in lines(chain, "comparisons.valid")} & held_out
+
+
+def test_the_log_is_clean_of_personal_data_and_duplicates(chain):
+    prompts = [r["prompt"] for name in ("train", "valid", "test") for r in lines(chain, f"prompts.{name}")]
+    prompts += [r["prompt"] for name in ("train", "valid") for r in lines(chain, f"demonstrations.{name}")]
+    raw = [r["prompt"] for r in prepare.api_log(prepare.Config(log=700, customers=40))]
+    assert any("@post.example" in p for p in raw) and not any("@" in p or "555" in p for p in prompts)
+    assert len(set(raw)) < len(raw) and len({p.strip()[:64] for p in prompts}) == len(prompts) < len(raw)
+
+
+def test_the_same_seed_makes_the_same_dataset_to_the_byte_and_another_another(tmp_path):
+    small = dict(documents=20, log=150, customers=20, demonstrations=10, tasks=2, vocab_size=280)
+    contents = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare.main(prepare.Config(out=str(tmp_path / name), seed=seed, **small))
+        contents.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1] and all(contents[0][name] != contents[2][name] for name in contents[0])
+    assert not any(name.endswith(".tmp") for name in contents[0])
+
+
+def test_more_demonstrations_than_prompts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="prompts are too few for --demonstrations 500; raise --log"):
+        prepare.main(prepare.Config(out=str(tmp_path), documents=5, log=100, demonstrations=500, vocab_size=260, tasks=1))
