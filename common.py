@@ -6,7 +6,6 @@ ends with the same weights as one that never was, and ranks can draw the same nu
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -14,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -126,10 +124,6 @@ class Ranks:
         """The model whose backward pass averages gradients over the ranks. A loss must therefore be this rank's sum
         times `size` over the global count, for the result to be the global mean."""
         return DistributedDataParallel(model) if self.size > 1 else model
-
-    def local(self, model):
-        """A context in which wrapped models keep their gradients to themselves (to accumulate several losses)."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
     def barrier(self):
         if self.size > 1:

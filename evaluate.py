@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, ScalarModel, gather_logprobs, generate
 class Config:
     data: str = "data/tinyworld"  # the dataset's folder
     out: str = "out"  # where the stages' runs are, and the report goes
-    prompts: int = 1200  # test prompts
+    prompts: int = 2000  # test prompts
     judges: int = 3  # labelers of each kind who compare two responses to a prompt
     max_new_tokens: int = 48  # the longest response
     batch_size: int = 128  # responses sampled at a time
@@ -89,30 +89,44 @@ def pair_accuracy(numbers, ranks):
 
 
 @torch.no_grad()
-def answer_tasks(model, tasks, tokenizer, device):
-    """Zero-shot: 1 or 0 for each task. With choices: is the right one the likeliest continuation (summed log-probability)?
-    With a target: is it what greedy decoding says, token for token?"""
-    rows = []  # (task index, context, continuation)
-    for i, task in enumerate(tasks):
-        for choice in task.get("choices") or [task["target"]]:
-            rows.append((i, tokenizer.encode(task["context"]), tokenizer.encode(choice)))
-    scores = [None] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
+def choose(model, tasks, tokenizer, device):
+    """The index of the choice of each task that is the likeliest continuation, by summed log-probability."""
+    rows = [(tokenizer.encode(task["context"]), tokenizer.encode(choice), (i, c))
+            for i, task in enumerate(tasks) for c, choice in enumerate(task["choices"])]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of like length together: little padding
+    scores = {}  # (task, choice) -> summed log-probability
     for first in range(0, len(rows), 256):
-        chosen = by_length[first : first + 256]
-        tokens, where = readers.batch_of([rows[r][1:] for r in chosen], tokenizer.end_of_text, device)
-        logits = model(tokens, where)  # (N, V)
-        targets = tokens.roll(-1, dims=1)[where]  # (N,)
-        lengths = [len(rows[r][2]) for r in chosen]
-        logprobs = gather_logprobs(logits, targets).split(lengths)
-        greedy = (logits.argmax(-1) == targets).split(lengths)
-        for r, logprob, hit in zip(chosen, logprobs, greedy):
-            scores[r] = logprob.sum().item() if "choices" in tasks[rows[r][0]] else float(hit.all())
-    by_task = defaultdict(list)
-    for (i, _, _), score in zip(rows, scores):
-        by_task[i].append(score)
-    return [float(by_task[i].index(max(by_task[i])) == task["answer"]) if "choices" in task else by_task[i][0]
-            for i, task in enumerate(tasks)]
+        chosen = rows[first : first + 256]
+        tokens, where = readers.batch_of([row[:2] for row in chosen], tokenizer.end_of_text, device)
+        logprobs = gather_logprobs(model(tokens, where), tokens.roll(-1, dims=1)[where])  # (N,)
+        for row, part in zip(chosen, logprobs.split([len(row[1]) for row in chosen])):
+            scores[row[2]] = part.sum().item()
+    return [max(range(len(task["choices"])), key=lambda c: scores[i, c]) for i, task in enumerate(tasks)]
+
+
+def first_lines(model, tasks, tokenizer, batch_size):
+    """What greedy decoding says on each task's context, up to the end of the line."""
+    longest = max(len(tokenizer.encode(task["target"])) for task in tasks) + 4
+    contexts, lines = [tokenizer.encode(task["context"]) for task in tasks], []
+    for i in range(0, len(tasks), batch_size):
+        chosen = contexts[i : i + batch_size]
+        said = generate(model, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
+        lines += [tokenizer.decode(ids).split("\n")[0] for ids in said]
+    return lines
+
+
+def answer_tasks(model, tasks, tokenizer, device, batch_size=256):
+    """Zero-shot: 1 or 0 for each task. With choices: is the right one the likeliest? With a target: is it, exactly, the
+    line that greedy decoding goes on with?"""
+    right = [0.0] * len(tasks)
+    with_choices = [i for i, task in enumerate(tasks) if "choices" in task]
+    for i, choice in zip(with_choices, choose(model, [tasks[i] for i in with_choices], tokenizer, device)):
+        right[i] = float(choice == tasks[i]["answer"])
+    with_target = [i for i, task in enumerate(tasks) if "choices" not in task]
+    if with_target:
+        for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer, batch_size)):
+            right[i] = float(line.strip() == tasks[i]["target"].strip())
+    return right
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Config:
     out: str = "out/ppo"  # the run's folder
     policy: str = "out/sft/model.pt"  # where the policy starts; also the reference of the KL penalty
     reward: str = "out/reward/model.pt"  # the reward model; the value function starts there too
-    iterations: int = 100  # of one batch of episodes each (C.4: 256k episodes in batches of 512)
+    iterations: int = 130  # of one batch of episodes each (C.4: 256k episodes in batches of 512)
     batch_size: int = 64  # episodes an iteration (C.4: 512)
     minibatch_size: int = 16  # episodes an update (C.4: 64); one pass over a batch, so old episodes are never reused
     max_new_tokens: int = 48  # the longest response
@@ -146,6 +146,7 @@ class Episodes:
     ref_logprobs: torch.Tensor = None  # (B, R) under the SFT model
     values: torch.Tensor = None  # (B, R) of the text before each response token
     scores: torch.Tensor = None  # (B,) the reward model's, less the penalty where truncated
+    cut: torch.Tensor = None  # (B,) which were truncated
     entropy: torch.Tensor = None  # (B, R) of the policy's next-token distribution
     advantages: torch.Tensor = None  # (B, R) whitened over the global batch
     returns: torch.Tensor = None  # (B, R)
@@ -276,31 +277,28 @@ def main(config):
         for e, part in zip(batch, white.split([int(e.mask.sum()) for e in batch])):
             e.advantages = by_response(part, e.mask)
 
-    def improve_policy(e, count, scale):
+    def improve_policy(e, count, step, lr_fraction):
         """One step up the clipped surrogate, its gradient and then the pretraining gradient accumulated (C.4)."""
         logprobs, _ = response_logprobs(ddp_policy, e, config.temperature)
         loss, diagnostics = policy_loss(logprobs, e.logprobs, e.advantages, e.mask, config.clip, count)
+        (loss * ranks.size).backward()
         ptx_loss = 0.0
         if ptx_rows:
-            with ranks.local(ddp_policy):
-                (loss * ranks.size).backward()
-            rows = text.draw(ptx_rows, config.seed, scale["update"])
+            rows = text.draw(ptx_rows, config.seed, step)
             tokens, where = readers.batch_of(text.pairs(rows[ranks.rows(ptx_rows)]), end, ranks.device)
-            ptx = -gather_logprobs(ddp_policy(tokens, where), tokens.roll(-1, dims=1)[where]).sum()
-            ptx_loss, targets = ranks.sum(ptx, where.sum())
-            (config.ptx_coef * ptx * ranks.size / targets).backward()
-            ptx_loss /= targets
-        else:
-            (loss * ranks.size).backward()
-        norm = common.update(optimizer, policy, config.lr * scale["lr"])
+            nats = -gather_logprobs(ddp_policy(tokens, where), tokens.roll(-1, dims=1)[where]).sum()
+            total, targets = ranks.sum(nats, where.sum())
+            (config.ptx_coef * nats * ranks.size / targets).backward()
+            ptx_loss = total / targets
+        norm = common.update(optimizer, policy, config.lr * lr_fraction)
         average(ema, policy, config.ema)
         return dict(policy_loss=loss, **diagnostics), dict(ptx_loss=ptx_loss, grad_norm=norm.item())
 
-    def improve_value(e, count, scale):
+    def improve_value(e, count, lr_fraction):
         values = response_values(ddp_value, e).float()
         loss = value_loss(values, e.values, e.returns, e.mask, config.value_clip, count)
         (loss * ranks.size).backward()
-        common.update(value_optimizer, value_model, config.value_lr * scale["lr"])
+        common.update(value_optimizer, value_model, config.value_lr * lr_fraction)
         return dict(value_loss=loss)
 
     progress = common.bar(ranks, config.iterations, start, config.out)
@@ -308,12 +306,11 @@ def main(config):
         began = time.monotonic()
         batch = rollout(iteration)
         estimate_advantages(batch)
-        sums, means = {}, {}
+        sums, means, lr_fraction = {}, {}, common.warmup_constant(iteration)
         for i, e in enumerate(batch):
-            scale = {"lr": common.warmup_constant(iteration), "update": iteration * minibatches + i}
-            (count,) = ranks.sum(e.mask.sum())
-            local, shared = improve_policy(e, count, scale)
-            local |= improve_value(e, count, scale)
+            (count,) = ranks.sum(e.mask.sum())  # response tokens of the global minibatch
+            local, shared = improve_policy(e, count, iteration * minibatches + i, lr_fraction)
+            local |= improve_value(e, count, lr_fraction)
             for name, x in local.items():
                 sums[name] = sums.get(name, 0.0) + x.item()
             for name, x in shared.items():

@@ -442,6 +442,17 @@ def test_what_is_saved_is_the_average_of_the_weights_after_each_update(letters, 
     assert (saved["tokens.weight"] - after[-1]["tokens.weight"]).abs().max() > 1e-3
 
 
+def test_policy_and_value_are_each_clipped_by_their_own_setting(letters, monkeypatch):
+    seen = set()
+    for name in ("policy_loss", "value_loss"):
+        def spy(new, old, target, mask, clip, count, name=name, loss=getattr(ppo, name)):
+            seen.add((name, clip))
+            return loss(new, old, target, mask, clip, count)
+        monkeypatch.setattr(ppo, name, spy)
+    ppo.main(letters.ppo(clip=0.1, value_clip=0.3))
+    assert seen == {("policy_loss", 0.1), ("value_loss", 0.3)}
+
+
 def test_learning_rates_warm_up_over_ten_iterations_and_stay(letters, updates):
     ppo.main(letters.ppo(iterations=12, lr=1.0e-3, value_lr=2.0e-3, minibatch_size=8))
     policy = [lr for model, _, lr in updates if isinstance(model, GPT)]
