@@ -38,6 +38,13 @@ class Parser(argparse.ArgumentParser):
         return line.split("#")[0].split()
 
 
+def number(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
 def parse_config(Config, argv=None):
     """Make a command line from a frozen dataclass of hyperparameters and parse it: `--name value`, `--flag` and
     `--no-flag`, `@file` to read arguments from a file; `--help` shows the comment and default of each field.
@@ -53,8 +60,9 @@ def parse_config(Config, argv=None):
             parser.add_argument(f"--{field.name}", default=field.default, action=argparse.BooleanOptionalAction,
                                 help=help)
         else:
-            parser.add_argument(f"--{field.name}", default=field.default, type=types[field.name], help=help,
-                                metavar=types[field.name].__name__)
+            kind = types[field.name]
+            parser.add_argument(f"--{field.name}", default=field.default, type=number if kind is float else kind,
+                                help=help, metavar=kind.__name__)
     try:
         return Config(**vars(parser.parse_args(argv)))
     except ValueError as error:
@@ -66,6 +74,9 @@ def launch(main, Config):
     try:
         main(parse_config(Config))
     except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that can't be written
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

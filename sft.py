@@ -29,9 +29,9 @@ class Config:
     init: str = "out/base/model.pt"  # the checkpoint to start from, or `scratch`
     size: str = "laptop"  # from scratch: one of model.PRESETS
     pretrain_mix: float = 0.1  # fraction of each batch that is pretraining text (C.3: 0.1)
-    epochs: int = 3  # over the demonstrations or, with pretrain_mix 1, the pretraining text (C.1: 16)
+    epochs: int = 4  # over the demonstrations or, with pretrain_mix 1, the pretraining text (C.1: 16)
     batch_size: int = 32  # rows a step (C.1: 32)
-    lr: float = 5e-4  # peak learning rate, falling to a tenth by a cosine (C.1: 9.65e-6 at 1.3B and 6B)
+    lr: float = 1e-3  # peak learning rate, falling to a tenth by a cosine (C.1: 9.65e-6 at 1.3B and 6B)
     dropout: float = 0.1  # on the residual branches (C.1: 0.2)
     seed: int = 0  # of the initialisation, the order of the data, dropout
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one

@@ -36,7 +36,7 @@ SOURCES = ",".join([*(f"out/sft/model.pt@{temperature}" for temperature in (0.5,
 class Config:
     data: str = "data/tinyworld"  # the dataset's folder
     sources: str = SOURCES  # CHECKPOINT@TEMPERATURE, each drawn equally often; repeat one to weigh it
-    prompts: int = 4000  # training prompts to collect on, the first of prompts.train.jsonl
+    prompts: int = 5000  # training prompts to collect on, the first of prompts.train.jsonl
     valid_prompts: int = 800  # validation prompts
     skip: int = 0  # training prompts to leave out first, those of earlier rounds say
     fewest: int = 4  # responses a prompt, drawn evenly from here (section 3.4: 4)

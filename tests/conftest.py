@@ -159,9 +159,7 @@ def chain(tmp_path_factory):
               max_new_tokens=24)
     ppo.main(ppo.Config(**cpu, **rl, out=f"{out}/ppo", ptx_coef=0.5))
     ppo.main(ppo.Config(**cpu, **rl, out=f"{out}/ppo_noptx", ptx_coef=0.0))
-    report = evaluate.Config(**cpu, out=str(out), base=f"{out}/base/model.pt", sft=f"{out}/sft/model.pt",
-                             ppo=f"{out}/ppo_noptx/model.pt", ppo_ptx=f"{out}/ppo/model.pt",
-                             reward=f"{out}/reward/model.pt", prompts=12, max_new_tokens=24)
+    report = evaluate.Config(**cpu, out=str(out), prompts=12, max_new_tokens=24)
     return SimpleNamespace(data=Path(data), out=out, collecting=collecting, report=report)
 
 

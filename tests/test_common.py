@@ -50,7 +50,9 @@ def test_arguments_from_a_file_with_comments(tmp_path):
     (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
     (["--step", "3"], "unrecognized"),  # no abbreviations: they would change meaning with a new field
     (["--steps", "2.5"], "--steps: invalid int value: '2.5'"),
-    (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    (["--lr", "fast"], "--lr: invalid .* value: 'fast'"),
+    (["--lr", "nan"], "--lr: invalid .* value: 'nan'"),
+    (["--lr", "inf"], "--lr: invalid .* value: 'inf'"),
     (["--steps", "0"], "--steps is at least 1"),
     (["--steps"], "--steps: expected one argument"),
     (["@nowhere.args"], "nowhere.args"),

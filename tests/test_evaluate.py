@@ -13,6 +13,8 @@ import torch
 import evaluate
 from common import UserError
 from conftest import Bigram, random_gpt, write_lines
+from data.tinyworld import web
+from data.tokenizer import Tokenizer
 from model import ScalarModel
 
 END = 8
@@ -91,22 +93,27 @@ def test_judges_of_a_prompt_are_different_people_and_the_same_for_every_model():
 
 # ---------------------------------------------------------------- tasks
 
-def tasks():
-    return [{"task": "t", "context": "b", "choices": ["a", "cd"], "answer": 1},
-            {"task": "t", "context": "bcd", "choices": ["ha", "c", "f"], "answer": 0},
-            {"task": "t", "context": "g", "choices": ["a", "ef"], "answer": 0},
-            {"task": "u", "context": "e", "target": "fg"},
-            {"task": "u", "context": "e", "target": "fh"}]
-
-
-def test_a_choice_is_right_if_its_summed_logprob_is_highest_and_a_target_if_greedy_decoding_says_it(letters):
+def test_a_choice_is_right_if_its_summed_logprob_is_the_highest(letters):
     table = torch.full((9, 9), 1.0)
-    table[1, 2], table[2, 3] = 3, 9  # after b: c, and then nearly surely d; so "cd" is likelier than "a"
-    table[4, 5], table[5, 6] = 9, 9  # after e: f, and then g
+    table[1, 2], table[2, 3] = 3, 9  # after b: c, and then nearly surely d
     table[3, 7], table[3, 2] = 2, 5  # after d: c rather than h
-    right = evaluate.answer_tasks(Bigram(table), tasks(), letters.tokenizer, "cpu")
-    # After g: a and e are alike, and ef is a little less likely, though its mean a token is far higher.
-    assert right == [1, 0, 1, 1, 0]
+    tasks = [{"task": "t", "context": "b", "choices": ["a", "cd"], "answer": 1},
+             {"task": "t", "context": "bcd", "choices": ["ha", "c", "f"], "answer": 0},
+             # After g, a and c are alike: so cd is a little less likely, though likelier a token.
+             {"task": "t", "context": "g", "choices": ["a", "cd"], "answer": 0}]
+    assert evaluate.answer_tasks(Bigram(table), tasks, letters.tokenizer, "cpu") == [1, 0, 1]
+
+
+def test_a_target_is_right_if_greedy_decoding_goes_on_with_that_line_and_no_other(monkeypatch):
+    tokenizer = Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    says = {"one": " yes.\nAsk: more", "two": " yes. And more", "three": " ye", "four": " yes."}
+
+    def fake(model, prompts, count, uniforms, temperature):
+        assert temperature == 0 and uniforms.shape == (len(prompts), count)
+        return [tokenizer.encode(says[tokenizer.decode(p)])[:count] for p in prompts]
+    monkeypatch.setattr(evaluate, "generate", fake)
+    tasks = [{"task": "t", "context": context, "target": " yes."} for context in says]
+    assert evaluate.answer_tasks(None, tasks, tokenizer, "cpu") == [1, 0, 0, 1]
 
 
 def test_answers_to_tasks_do_not_depend_on_what_else_is_in_the_batch(letters):  # pitfall 4
@@ -153,7 +160,7 @@ def test_the_reports_numbers_are_those_of_its_measures(report):
             assert 0 <= share <= 1 and error >= 0 and n == 12
     table, changes = results["zero-shot"]
     able = table["all abilities"]
-    assert able["PPO"][2] == 5 * 4
+    assert able["PPO"][2] == 4 * len(web.ABILITIES)
     assert changes["PPO-ptx - SFT"][0] == pytest.approx(able["PPO-ptx"][0] - able["SFT"][0])
     assert set(results["metadata"]) == {"attempts the right task", "keeps the stated constraint",
                                         "makes things up (closed domain)", "fits a customer assistant"}
@@ -184,5 +191,12 @@ def test_a_team_that_ranked_no_pair_leaves_a_gap_in_the_report(chain, tmp_path):
     path = tmp_path / "data/comparisons.valid.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     write_lines(path, [{**r, "ranks": [1] * len(r["ranks"])} for r in records])
-    evaluate.main(dataclasses.replace(chain.report, data=str(tmp_path / "data"), out=str(tmp_path)))
-    assert (tmp_path / "report.md").is_file()
+    shutil.copytree(chain.out, tmp_path / "out")
+    evaluate.main(dataclasses.replace(chain.report, data=str(tmp_path / "data"), out=str(tmp_path / "out")))
+
+
+def test_what_a_stage_has_not_made_yet_is_named_with_the_command_that_makes_it(chain, tmp_path):
+    shutil.copytree(chain.out, tmp_path / "out")
+    (tmp_path / "out/ppo_noptx/model.pt").unlink()
+    with pytest.raises(UserError, match="ppo_noptx/model.pt is missing; `make ppo` makes it"):
+        evaluate.main(dataclasses.replace(chain.report, out=str(tmp_path / "out")))

@@ -119,7 +119,7 @@ def metadata(prompt, asks, response):
 # How much each matters on average, and which of the paper's three aims it serves (section 3.5): labelers weigh the aims
 # differently, and tone by taste.
 WORTH = {"task": (1.2, "helpful"), "content": (1.2, "helpful"), "constraint": (1.0, "helpful"),
-         "focus": (1.0, "helpful"), "finished": (0.6, "helpful"), "tone": (0.7, "taste"), "truth": (1.4, "honest"),
+         "focus": (1.0, "helpful"), "finished": (0.6, "helpful"), "tone": (0.8, "taste"), "truth": (1.4, "honest"),
          "harmless": (1.4, "harmless")}
 RESOLUTION = 0.25  # two responses that a labeler finds closer than about this are tied
 
@@ -132,7 +132,7 @@ class Labeler:
         self.weights = {aim: math.exp(rng.gauss(0, 0.4)) for aim in ("helpful", "taste", "honest", "harmless")}
         self.noise = rng.uniform(0.7, 1.0)
         care = rng.uniform(-0.15, 0.15)
-        self.habits = dict(truth=0.6 + care, constraint=0.65 + care, stray=0.35 - care, warm=rng.uniform(0.1, 0.6),
+        self.habits = dict(truth=0.6 + care, constraint=0.65 + care, stray=0.4 - care, warm=rng.uniform(0.05, 0.55),
                            slip=0.05 - care / 5)
 
     def worth(self, seen):

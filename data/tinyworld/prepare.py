@@ -24,7 +24,7 @@ from data.tokenizer import Tokenizer, train_bpe
 @dataclass(frozen=True)
 class Config:
     out: str = "data/tinyworld"  # the folder to fill
-    documents: int = 60_000  # pages of the web to pretrain on
+    documents: int = 66_000  # pages of the web to pretrain on
     log: int = 36_000  # prompts in the API's log, before cleaning
     customers: int = 400  # who wrote them
     demonstrations: int = 4_000  # prompts that labelers answer; the rest is for comparisons and PPO

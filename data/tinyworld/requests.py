@@ -137,8 +137,7 @@ def reading_question(rng, p):
     return rng.choice([
         ("Where does {name} live?", "town", "{name} lives in {town}."),
         ("What did they eat?", "food", "They ate {food}."),
-        ("What colour was the {object}?", "colour", "The {object} was {colour}."),
-        ("What did the {animal} have?", "object", "The {animal} had a {object}."),
+        ("What did the {animal} have?", "object", "The {animal} had a {colour} {object}."),
         ("Whom did {name} meet?", "animal", "{name} met a {animal}."),
     ])
 
