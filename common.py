@@ -116,6 +116,10 @@ class Ranks:
         """This rank's share of `count` rows of the global batch."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def check_share(self, count, flag):
+        if count < self.size:
+            raise UserError(f"--{flag}: {count} rows a step leave some of {self.size} ranks without one")
+
     def sum(self, *numbers):
         """Each number (a float or a 0-d tensor), summed over all ranks, as floats."""
         total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device).detach() for n in numbers])
@@ -185,9 +189,12 @@ def write_atomically(path, write):
     """Call write(temporary path), then rename: a reader finds the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # one name: what a killed run leaves, the next one replaces
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -207,14 +214,25 @@ def load_checkpoint(path, made_by):
         raise UserError(f"{path} is damaged or no checkpoint of this project; make it again: `{made_by}`") from None
 
 
+def digest(path):
+    """A fingerprint of a file's contents."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+
+
 class Run:
     """One run's folder: model.pt, resume.pt, log.jsonl, samples.txt. Only rank 0 writes.
 
     resume.pt holds how long the log and the samples were when it was written; what stands behind that is cut off when
-    the run goes on, so no step stands there twice."""
+    the run goes on, so no step stands there twice. `inputs` are the files that the run starts from: a resume.pt that
+    came of other contents is refused."""
 
-    def __init__(self, folder, config, ranks, every=30.0):  # seconds from one resume.pt to the next
+    def __init__(self, folder, config, ranks, inputs=(), every=30.0):  # seconds from one resume.pt to the next
         self.folder, self.ranks, self.every = Path(folder), ranks, every
+        self.inputs = {str(path): digest(path) for path in inputs}
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume", "device")}
         self.saved_at = time.monotonic()
         if ranks.main:
@@ -229,13 +247,16 @@ class Run:
         if wanted and path.is_file():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                before = state["config"]
+                before, inputs = state["config"], state["inputs"]
             except Exception:
                 raise UserError(f"{path} is damaged; --no-resume starts over") from None
             for name in self.config:
                 if self.config[name] != before.get(name):
                     raise UserError(f"{path} is of a run with --{name} {before.get(name)}, not {self.config[name]}; "
                                     "--no-resume starts over")
+            for name, was in self.inputs.items():
+                if inputs.get(name) != was:
+                    raise UserError(f"{path} is of a run on another {name}; --no-resume starts over")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             step, self.sizes = state["step"], state["sizes"]
@@ -244,7 +265,7 @@ class Run:
                 path.unlink(missing_ok=True)
             for name, size in self.sizes.items():  # forget what was written after the state was
                 with open(self.folder / name, "ab") as file:
-                    file.truncate(size)
+                    file.truncate(min(size, file.tell()))
         self.ranks.barrier()
         return step
 
@@ -255,7 +276,7 @@ class Run:
             return
         if self.ranks.main:
             self.sizes = {name: (self.folder / name).stat().st_size for name in self.sizes}
-            state = {"step": step, "config": self.config, "sizes": self.sizes}
+            state = {"step": step, "config": self.config, "inputs": self.inputs, "sizes": self.sizes}
             state |= {name: part.state_dict() for name, part in parts.items()}
             write_atomically(self.folder / "resume.pt", lambda path: torch.save(state, path))
         self.ranks.barrier()

@@ -2,7 +2,7 @@
 
     python evaluate.py                              # writes out/report.md, out/report.json, out/figures/
 
-Test prompts are of customers whose prompts no stage was trained on. Labelers are the programs of data/tinyworld: those
+Test prompts are of customers whose prompts stages 1 to 3 never saw (the web may hold the same words). Labelers are the programs of data/tinyworld: those
 who wrote training data, and held-out ones. Every interval is 95%, mean +- 1.96 standard errors over prompts (items).
 """
 
@@ -37,6 +37,8 @@ class Config:
     def __post_init__(self):
         if min(self.prompts, self.judges, self.max_new_tokens, self.batch_size) < 1:
             raise ValueError("every size is at least 1")
+        if self.judges > min(map(len, labelers.team())):
+            raise ValueError(f"--judges {self.judges} are more than there are")
 
 
 # The five models, in the same order and colours everywhere; the colours differ in grey too.
@@ -137,10 +139,9 @@ def score(model, records, responses, tokenizer, device):
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i][0]) + len(episodes[i][1]))
     for first in range(0, len(order), 128):
         chosen = order[first : first + 128]
-        rows = [episodes[i][0] + episodes[i][1] for i in chosen]
-        scores = model(readers.pad(rows, tokenizer.end_of_text, device))  # (B, T)
-        for i, row, line in zip(chosen, rows, scores.tolist()):
-            result[i] = line[len(row) - 1]
+        scores = readers.last_scores(model, [episodes[i] for i in chosen], tokenizer.end_of_text, device)
+        for i, x in zip(chosen, scores.tolist()):
+            result[i] = x
     return result
 
 
@@ -189,7 +190,7 @@ def metadata_rates(records, responses):
 def reward_model_report(model, config, tokenizer, ranks):
     """On unseen customers' prompts: how often the reward model orders a pair as its labeler did; how often another
     labeler of the same kind does; how often the true average preference does, which is the ceiling."""
-    records = readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "comparisons", "make comparisons")
+    records = readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged", "make comparisons")
     flat = [(r, text) for r in records for text in r["responses"]]
     scores = iter(score(model, [r for r, _ in flat], [text for _, text in flat], tokenizer, ranks.device))
     teams = dict(zip(("training labelers", "held-out labelers"), labelers.team()))
@@ -197,6 +198,8 @@ def reward_model_report(model, config, tokenizer, ranks):
     shares = {team: defaultdict(list) for team in teams}
     for r in records:
         numbers = [next(scores) for _ in r["responses"]]
+        if r["labeler"] not in team_of:
+            raise UserError(f"{config.data}/comparisons.valid.jsonl: {r['labeler']} is no labeler of this world")
         team, rng = team_of[r["labeler"]], random.Random(f"{config.seed}/agreement/{r['prompt']}")
         colleague = rng.choice([who for who in teams[team] if who.name != r["labeler"]])
         judged = {
@@ -205,13 +208,7 @@ def reward_model_report(model, config, tokenizer, ranks):
             "agreement": colleague.impressions(r["prompt"], r["asks"], r["responses"], "agreement"),
         }
         for what, values in judged.items():
-            ranks_ = r["ranks"]
-            if what == "agreement":  # of those pairs that neither of the two ties
-                pairs = [(i, j) for i in range(len(values)) for j in range(len(values))
-                         if ranks_[i] < ranks_[j] and values[i] != values[j]]
-                shares[team][what].append((len(pairs), sum(values[i] > values[j] for i, j in pairs)))
-            else:
-                shares[team][what].append(pair_accuracy(values, ranks_))
+            shares[team][what].append(pair_accuracy(values, r["ranks"]))
     return {team: {what: ratio(counts) for what, counts in kinds.items()} for team, kinds in shares.items()}
 
 
@@ -246,12 +243,15 @@ def read_log(config, run):
     path = Path(config.out) / run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing; `make {run.split('_')[0]}` makes it")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:
+        raise UserError(f"{path}: not JSON Lines") from None
 
 
 def sft_epochs(reward_model, config, tokenizer, ranks):
     """For each epoch's checkpoint: validation loss, and the reward model's score by which to choose (section 3.4)."""
-    records = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "prompts")[:300]
+    records = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "requests")[:300]
     rows = []
     for entry in read_log(config, "sft"):
         if "epoch" in entry:
@@ -291,7 +291,7 @@ def headline(results):
         ("makes things up, closed domain: PPO-ptx", percent(made_up["PPO-ptx"])),
         ("zero-shot tasks, PPO less SFT", percent(changes["PPO - SFT"], True)),
         ("zero-shot tasks, PPO-ptx less SFT", percent(changes["PPO-ptx - SFT"], True)),
-        ("of PPO's drop, PPO-ptx gives back", f"{back / drop:.0%}" if drop > 0 else "no drop"),
+        ("of PPO's drop, PPO-ptx gives back", f"{back / drop:.0%}" if drop > changes["PPO - SFT"][1] else "no drop"),
     ]
 
 
@@ -308,7 +308,8 @@ def write_report(results, records, responses, config):
     sections = [
         "# Report",
         f"{len(records):,} test prompts of {len({r['user'] for r in records})} customers never trained on; the labelers are "
-        "programs (data/tinyworld/labelers.py). Intervals are 95%. What the paper saw stands in its section 4.",
+        "programs (data/tinyworld/labelers.py). Intervals are 95%; one of ± 0 says only that all were alike. Rates and tasks are judged by the world itself, "
+        "without a labeler's noise.",
         table(["in short", ""], headline(results)),
         "## Preferred to SFT (figures 1 and 3)",
         table(["model", *teams], [[name, *(percent(prefer[name][team]) for team in teams)] for name in MODELS]),
@@ -316,7 +317,7 @@ def write_report(results, records, responses, config):
         "## Metadata (figure 4)",
         table(["rate", *MODELS], [[rate, *(percent(by[name]) for name in MODELS)] for rate, by in meta.items()]),
         "![metadata](figures/metadata.png)",
-        "## Reward model on unseen prompts (section 3.3, E.1)",
+        "## Reward model on unseen prompts (section 3.3)",
         table(["pairs ranked by", "reward model", "another labeler agrees", "ceiling: the true average preference",
                "of the way from 50% to the ceiling"],
               [[team, percent(reward[team]["reward model"]), percent(reward[team]["agreement"]),
@@ -347,6 +348,8 @@ def bars(axis, groups, values, names, label):
     for k, name in enumerate(names):
         points = [(g + (k - (len(names) - 1) / 2) * width, *values[group][name][:2]) for g, group in enumerate(groups)
                   if values[group][name][0] is not None]
+        if not points:
+            continue
         x, y, error = zip(*points)
         axis.bar(x, [100 * v for v in y], width * 0.92, yerr=[100 * e for e in error], label=name, capsize=2,
                  color=COLOURS[name], edgecolor="black", linewidth=0.5)
@@ -364,8 +367,8 @@ def draw(results, config):
     folder = Path(config.out) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save(figure, name):
-        figure.tight_layout()
+    def save(figure, name, rect=(0, 0, 1, 1)):
+        figure.tight_layout(rect=rect)
         common.write_atomically(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=150, format="png"))
         plt.close(figure)
 
@@ -383,10 +386,7 @@ def draw(results, config):
         bars(axis, [rate], {rate: by}, MODELS, "responses (%)" if axis is axes[0] else "")
         axis.set_ylim(0, 105)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="upper center", frameon=False, fontsize=8)
-    figure.subplots_adjust(top=0.85)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
-    common.write_atomically(folder / "metadata.png", lambda path: figure.savefig(path, dpi=150, format="png"))
-    plt.close(figure)
+    save(figure, "metadata", rect=(0, 0, 1, 0.93))
 
     figure, axis = plt.subplots(figsize=(9, 3.6))
     names, groups = tuple(RUNS), [*web.ABILITIES, "all abilities"]
@@ -410,10 +410,12 @@ def draw(results, config):
 
 def main(config):
     ranks = Ranks(config.device)
+    if ranks.size > 1:
+        raise UserError("evaluation takes one process, without torchrun")
     tokenizer = Tokenizer.load(config.data)
     models = {name: load(GPT, folder, tokenizer, config, ranks) for name, folder in RUNS.items()}
     reward_model = load(ScalarModel, "reward", tokenizer, config, ranks)
-    records = readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "prompts")[: config.prompts]
+    records = readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "requests")[: config.prompts]
 
     models |= {"GPT prompted": models["GPT"], "SFT baseline": models["SFT"]}
     responses = {name: respond(models[name], records, name, config, tokenizer) for name in (*MODELS, "SFT baseline")}

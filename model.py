@@ -157,11 +157,11 @@ class ScalarModel(Trunk):
         """tokens (B, T) -> (B, T): at each position, the score of the text up to and including its token."""
         return self.head(self.hidden(tokens)).squeeze(-1)
 
-    def load_trunk(self, other):
-        """Start from another model's trunk (a GPT's, say); the head keeps its own initialisation."""
-        missing, unexpected = self.load_state_dict(other.state_dict(), strict=False)
-        if unexpected or any(not name.startswith("head.") for name in missing):
-            raise ValueError("the two models differ in more than the head")
+    def load_trunk(self, weights):
+        """Start from a GPT's weights (a state dict); the head keeps its own initialisation."""
+        missing, unexpected = self.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) != {"head.weight", "head.bias"}:
+            raise ValueError("not the weights of a GPT of this size")
 
 
 def token_logprobs(logits, tokens):

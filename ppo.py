@@ -9,7 +9,8 @@ The environment is a bandit: a prompt comes, the policy answers, the reward mode
 
     objective = E_(x, y)~policy [ r(x, y) - beta log(policy(y|x) / sft(y|x)) ] + gamma E_x~pretrain [ log policy(x) ]
 
-Departures from the paper: one reward and value model as large as the policy (the paper: always 6B); as many rows of
+Not in the paper: the values' clip, whitened advantages, clipped gradients, a penalty for responses cut short.
+Departures from it: one reward and value model as large as the policy (the paper: always 6B); as many rows of
 pretraining text as episodes (8 times as many; --ptx_rows); batches, rates and coefficients are those of the laptop.
 
 Shapes: B episodes of a minibatch, T tokens of prompt and response, R tokens of the longest response, N response tokens
@@ -48,8 +49,8 @@ class Config:
     gamma: float = 1.0  # discount (C.4: none)
     lam: float = 0.95  # of GAE (C.4)
     clip: float = 0.2  # of the ratio (C.4)
-    value_clip: float = 0.2  # how far a value may move from its old one in an update
-    truncation_penalty: float = 1.0  # taken off the score of a response that was cut at max_new_tokens
+    value_clip: float = 0.2  # how far a value may move from its old one in an update (not in the paper)
+    truncation_penalty: float = 1.0  # taken off the score of a response cut at max_new_tokens (not in the paper)
     ema: float = 0.992  # decay of the averaged weights, per update: they are what is saved (C.4)
     seed: int = 0  # of the prompts' order, the samples, the pretraining rows
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
@@ -60,7 +61,8 @@ class Config:
             raise ValueError("--iterations and the sizes are at least 1")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch_size {self.batch_size} is not a multiple of --minibatch_size {self.minibatch_size}")
-        if min(self.lr, self.value_lr, self.beta, self.ptx_coef, self.ptx_rows) < 0:
+        if min(self.lr, self.value_lr, self.beta, self.ptx_coef, self.ptx_rows, self.clip, self.value_clip,
+               self.truncation_penalty) < 0:
             raise ValueError("rates and coefficients are at least 0")
         if self.temperature <= 0 or not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--temperature is above 0; --gamma and --lam from 0 to 1, --ema from 0 to under 1")
@@ -182,10 +184,8 @@ def reward_scores(model, episodes, end, penalty):
     """The reward model's score of each episode, read at the end of text as in its training, less the penalty where the
     response was cut before one. -> (B,), and which were cut (B,)"""
     cut = torch.tensor([response[-1] != end for response in episodes.responses], device=episodes.tokens.device)
-    rows = [p + r + [end] * (r[-1] != end) for p, r in zip(episodes.prompts, episodes.responses)]
-    scores = model(readers.pad(rows, end, episodes.tokens.device))  # (B, T)
-    last = torch.tensor([len(row) - 1 for row in rows], device=scores.device)
-    return scores.gather(1, last[:, None]).squeeze(1).float() - penalty * cut, cut
+    ended = [(p, r + [end] * (r[-1] != end)) for p, r in zip(episodes.prompts, episodes.responses)]
+    return readers.last_scores(model, ended, end, cut.device).float() - penalty * cut, cut
 
 
 # ---------------------------------------------------------------- the stage
@@ -227,21 +227,22 @@ def main(config):
         raise UserError(f"{path}: {len(prompts)} prompts are less than one batch of {config.batch_size}")
     ptx_rows = round(config.ptx_rows * config.minibatch_size) if config.ptx_coef else 0
     text = readers.PretrainingText(f"{config.data}/pretrain.train.bin", tokenizer, policy.config.context) if ptx_rows else None
+    ranks.check_share(config.minibatch_size, "minibatch_size")
+    if ptx_rows:
+        ranks.check_share(ptx_rows, "ptx_rows")
     minibatches = config.batch_size // config.minibatch_size
-    if config.minibatch_size < ranks.size:
-        raise UserError(f"--minibatch_size {config.minibatch_size} leaves some of {ranks.size} ranks without an episode")
     if ranks.main:
         print(f"{config.iterations} iterations x {minibatches} minibatches x {config.minibatch_size} episodes + {ptx_rows} "
               f"rows of pretraining text; {len(prompts):,} prompts")
 
-    run = Run(config.out, config, ranks)
+    run = Run(config.out, config, ranks, [config.policy, config.reward, path])
     optimizer, value_optimizer = common.adam(policy, config.lr), common.adam(value_model, config.value_lr)
     parts = dict(policy=policy, value=value_model, ema=ema, optimizer=optimizer, value_optimizer=value_optimizer)
     start = run.resume(config.resume, **parts)
     ddp_policy, ddp_value = ranks.wrap(policy), ranks.wrap(value_model)
 
     def draw_prompts(iteration):
-        """This rank's share of every minibatch of the iteration: each prompt once before any comes again."""
+        """This rank's share of every minibatch of the iteration, no prompt twice in a pass over them."""
         per_pass = len(prompts) // config.batch_size
         order = torch.randperm(len(prompts), generator=common.generator(config.seed, "ppo pass", iteration // per_pass))
         first = iteration % per_pass * config.batch_size

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import common
 from common import Ranks, Run, UserError
 from data import readers
+from data.readers import last_scores
 from data.tokenizer import Tokenizer
 from model import GPTConfig, ScalarModel
 
@@ -45,7 +46,8 @@ class Config:
 def ranking_loss(rewards, ranks):
     """Equation 1 for one prompt: the mean of -log sigmoid(r_w - r_l) over the pairs in which w is ranked above l.
 
-    rewards (K,) floats, ranks (K,) integers, 1 the best. Tied pairs are dropped. Returns (loss, pairs, right): a scalar
+    rewards (K,) floats, ranks (K,) integers, 1 the best. Tied pairs are dropped, also from the number to divide by:
+    equation 1's C(K, 2) less the ties. Returns (loss, pairs, right): a scalar
     to differentiate, the number of pairs that count, and in how many of them r_w > r_l. Without a pair the loss is 0.
     Ranks [1, 2, 2] have two pairs, (0, 1) and (0, 2)."""
     above = ranks[:, None] < ranks[None, :]  # (K, K): row w is preferred to column l
@@ -53,14 +55,6 @@ def ranking_loss(rewards, ranks):
     pairs = margins.numel()
     loss = -F.logsigmoid(margins.float() if margins.dtype != torch.float64 else margins).sum() / max(1, pairs)
     return loss, pairs, int((margins > 0).sum())
-
-
-def last_scores(model, episodes, end, device):
-    """The score of each episode at its last token. episodes: B (prompt ids, response ids) -> (B,)"""
-    rows = [prompt + response for prompt, response in episodes]
-    scores = model(readers.pad(rows, end, device))  # (B, T)
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    return scores.gather(1, last[:, None]).squeeze(1)
 
 
 def load_comparisons(config, split, tokenizer, context):
@@ -115,13 +109,17 @@ def demonstration_score(model, config, tokenizer, ranks):
 
 def main(config):
     ranks = Ranks(config.device)
+    ranks.check_share(config.batch_size, "batch_size")
     tokenizer = Tokenizer.load(config.data)
     end = tokenizer.end_of_text
     checkpoint = common.load_checkpoint(config.init, "make sft")
     readers.check_vocabulary(checkpoint, config.init, tokenizer, config.data)
     torch.manual_seed(common.seed_of(config.seed, "initialisation"))
     model = ScalarModel(GPTConfig(**checkpoint["model_config"] | {"dropout": 0.0}))
-    model.load_state_dict(checkpoint["model"], strict=False)  # the trunk; the head is new
+    try:
+        model.load_trunk(checkpoint["model"])
+    except (ValueError, RuntimeError):
+        raise UserError(f"{config.init} holds no language model to take the trunk of") from None
     model.to(ranks.device)
     train = load_comparisons(config, "train", tokenizer, model.config.context)
     valid = load_comparisons(config, "valid", tokenizer, model.config.context)
@@ -136,7 +134,7 @@ def main(config):
         print(f"{config.epochs} epochs x {per_epoch} steps x {config.batch_size} prompts; {len(train):,} prompts, "
               f"{sum(len(e) for e, _, _ in train):,} responses, {pairs:,} pairs that are not tied, {len(seen)} labelers")
 
-    run = Run(config.out, config, ranks)
+    run = Run(config.out, config, ranks, [config.init, f"{config.data}/comparisons.train.jsonl"])
     optimizer = common.adam(model, config.lr)
     start = run.resume(config.resume, model=model, optimizer=optimizer)
     wrapped = ranks.wrap(model)

@@ -5,8 +5,8 @@
     python sft.py --pretrain_mix 1 --init scratch --out out/base ...    # see the Makefile
     torchrun --nproc_per_node=8 sft.py
 
-Departures from the paper: one model is both the SFT baseline and the start of PPO, so it has both the baseline's many
-epochs and dropout (C.1) and the 10% of pretraining data of PPO's starting point (C.3).
+Departures from the paper: one model is both the SFT baseline, trained for many epochs with dropout (C.1), and the start
+of PPO, with 10% of pretraining data (C.3). Gradients are clipped, as GPT-3's were in pretraining.
 
 Shapes: B rows of the batch, T tokens, N positions whose next token is a target, V vocabulary.
 """
@@ -103,6 +103,7 @@ def start_model(config, tokenizer):
 
 def main(config):
     ranks = Ranks(config.device)
+    ranks.check_share(config.batch_size, "batch_size")
     tokenizer = Tokenizer.load(config.data)
     end = tokenizer.end_of_text
     model = start_model(config, tokenizer).to(ranks.device)
@@ -125,7 +126,8 @@ def main(config):
         print(f"{config.epochs} epochs x {per_epoch} steps x ({demonstration_rows} demonstrations + {pretrain_rows} rows "
               f"of pretraining text); {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    run = Run(config.out, config, ranks)
+    inputs = [config.init] * (config.init != "scratch") + [f"{config.data}/demonstrations.train.jsonl"] * bool(demonstrations)
+    run = Run(config.out, config, ranks, [f"{config.data}/tokenizer.json", *inputs])
     optimizer = common.adam(model, config.lr)
     start = run.resume(config.resume, model=model, optimizer=optimizer)
     wrapped = ranks.wrap(model)

@@ -9,6 +9,7 @@ that a reward model's accuracy can be measured on both. In the default world lab
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -63,6 +64,8 @@ def load_sources(config, tokenizer, ranks):
             temperature = float(temperature or 1)
         except ValueError:
             raise UserError(f"--sources: {source!r} is not CHECKPOINT@TEMPERATURE") from None
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"--sources: {source!r} has no temperature from 0")
         if path not in models:
             checkpoint = common.load_checkpoint(path, "make sft")
             readers.check_vocabulary(checkpoint, path, tokenizer, config.data)
@@ -87,13 +90,12 @@ def sample(sources, prompts, counts, tokenizer, config, split, batch):
     return texts
 
 
-def collect(config, split, records, path, tokenizer, sources, ranks):
-    """Comparisons on these records -> how many responses, and how many prompts were left with fewer than 2 distinct.
-
-    Finished batches wait in a .part file, so a stopped run goes on from there; the comparisons themselves are replaced
-    in one step at the end."""
-    part, teams = Path(f"{path}.part"), labelers.team()
-    signature = json.dumps({k: v for k, v in vars(config).items() if k not in ("append", "device")})
+def collect(config, split, records, part, tokenizer, sources, ranks):
+    """-> comparisons on these records. Finished batches wait in the file `part`, so a stopped run goes on from there."""
+    teams = labelers.team()
+    inputs = sorted({source.split("@")[0] for source in config.sources.split(",")}) + [f"{config.data}/prompts.{split}.jsonl"]
+    signature = json.dumps([{k: v for k, v in vars(config).items() if k not in ("append", "device")},
+                            [common.digest(path) for path in inputs]])
     done = []
     if part.is_file():
         lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end is half a line
@@ -102,8 +104,7 @@ def collect(config, split, records, path, tokenizer, sources, ranks):
     longest = sources[0][0].config.context - config.max_new_tokens
     prompts = readers.encode_prompts(records, tokenizer, longest, f"{config.data}/prompts.{split}.jsonl")
     batches = range(0, len(records), config.batch_size)
-    if ranks.main:
-        part.write_text("\n".join([signature, *map(json.dumps, done)]) + "\n", encoding="utf-8")
+    part.write_text("\n".join([signature, *map(json.dumps, done)]) + "\n", encoding="utf-8")
     for batch in common.bar(ranks, len(batches), len(done), f"comparisons.{split}"):
         first = batches[batch]
         chosen = records[first : first + config.batch_size]
@@ -118,31 +119,33 @@ def collect(config, split, records, path, tokenizer, sources, ranks):
                 ranks_ = labeler.rank(record["prompt"], record["asks"], responses, config.seed)
                 result.append({**record, "responses": responses, "ranks": ranks_, "labeler": labeler.name})
         done.append(result)
-        if ranks.main:
-            with open(part, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+        with open(part, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
     comparisons = [r for result in done for r in result]
     if not comparisons:
         raise UserError(f"no prompt of {len(records)} got two different responses")
-    if ranks.main:
-        old = Path(path).read_bytes() if config.append and Path(path).is_file() else b""
-        new = "".join(json.dumps(r) + "\n" for r in comparisons).encode()
-        write_atomically(path, lambda temporary: temporary.write_bytes(old + new))
-        part.unlink()
-    return sum(len(r["responses"]) for r in comparisons), len(records) - len(comparisons)
+    return comparisons
 
 
 def main(config):
     ranks = Ranks(config.device)
+    if ranks.size > 1:
+        raise UserError("comparisons are collected by one process, without torchrun")
     tokenizer = Tokenizer.load(config.data)
     sources = load_sources(config, tokenizer, ranks)
-    for split in ("valid", "train"):  # the training file last: it is the one that make looks for
-        records = readers.read_jsonl(f"{config.data}/prompts.{split}.jsonl", "prompts")
-        first, count = (config.skip, config.prompts) if split == "train" else (0, config.valid_prompts)
-        path = f"{config.data}/comparisons.{split}.jsonl"
-        responses, dropped = collect(config, split, records[first : first + count], path, tokenizer, sources, ranks)
-        if ranks.main:
-            print(f"{path}: {responses:,} responses; {dropped} prompts left out, their responses being all the same")
+    results = {}
+    for split, first, count in (("valid", 0, config.valid_prompts), ("train", config.skip, config.prompts)):
+        records = readers.read_jsonl(f"{config.data}/prompts.{split}.jsonl", "requests")[first : first + count]
+        path = Path(f"{config.data}/comparisons.{split}.jsonl")
+        results[path] = collect(config, split, records, Path(f"{path}.part"), tokenizer, sources, ranks)
+        print(f"{path}: {sum(len(r['responses']) for r in results[path]):,} responses to {len(results[path]):,} prompts; "
+              f"{len(records) - len(results[path])} prompts left out, their responses being all the same")
+    for path, comparisons in results.items():  # the training file last: it is the one that make looks for
+        old = path.read_bytes() if config.append and path.is_file() else b""
+        new = "".join(json.dumps(r) + "\n" for r in comparisons).encode()
+        write_atomically(path, lambda temporary: temporary.write_bytes(old + new))
+    for path in results:
+        Path(f"{path}.part").unlink()
 
 
 if __name__ == "__main__":

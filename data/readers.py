@@ -16,6 +16,8 @@ KEYS = {  # what a record of each file must have, and its type
     "demonstrations": {"prompt": str, "response": str},
     "comparisons": {"prompt": str, "responses": list, "ranks": list, "labeler": str},
     "prompts": {"prompt": str, "user": str},
+    "requests": {"prompt": str, "user": str, "use_case": str, "asks": dict},  # prompts that the Vale's labelers can judge
+    "judged": {"prompt": str, "responses": list, "ranks": list, "labeler": str, "asks": dict},  # comparisons, likewise
     "tasks": {"task": str, "context": str},
 }
 
@@ -52,7 +54,7 @@ def check(record, kind, where):
         raise UserError(f"{where}: empty prompt")
     if kind == "demonstrations" and not record["response"]:
         raise UserError(f"{where}: empty response")
-    if kind == "comparisons":
+    if kind in ("comparisons", "judged"):
         responses, ranks = record["responses"], record["ranks"]
         if len(responses) < 2:
             raise UserError(f"{where}: K = {len(responses)} responses; a comparison takes at least 2")
@@ -78,7 +80,7 @@ def write_jsonl(path, records):
 
 
 def check_vocabulary(checkpoint, path, tokenizer, data):
-    if checkpoint["tokenizer"] != tokenizer.fingerprint:
+    if checkpoint.get("tokenizer") != tokenizer.fingerprint:
         raise UserError(f"{path} was trained with another vocabulary than {data}/tokenizer.json")
 
 
@@ -112,6 +114,14 @@ def batch_of(pairs, end, device=None):
     for i, (prompt, response) in enumerate(pairs):
         mask[i, max(len(prompt) - 1, 0) : len(prompt) + len(response) - 1] = True
     return tokens, mask
+
+
+def last_scores(model, episodes, end, device):
+    """The scalar model's output at the last token of each episode. episodes: B (prompt ids, response ids) -> (B,)"""
+    rows = [prompt + response for prompt, response in episodes]
+    scores = model(pad(rows, end, device))  # (B, T)
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    return scores.gather(1, last[:, None]).squeeze(1)
 
 
 # ---------------------------------------------------------------- pretraining text
@@ -155,8 +165,8 @@ class PretrainingText:
 
     def draw(self, count, seed, step, pool=32):
         """`count` row indices for a step. Each run of `pool` steps shares out one draw of rows so that a step's rows
-        are of similar length, in an order of steps that is shuffled: little padding, no pattern. Every row comes once
-        before any comes again."""
+        are of similar length, in an order of steps that is shuffled: little padding, no pattern. No row comes twice in a
+        pass over them; those that fill no pool are left out of it."""
         per_pass = max(1, len(self.rows) // (count * pool))  # pools in one pass over the rows
         shuffled = torch.randperm(len(self.rows), generator=generator(seed, "pretraining pass", step // pool // per_pass))
         start = step // pool % per_pass * count * pool

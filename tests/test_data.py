@@ -324,8 +324,7 @@ def test_equal_responses_are_shown_to_the_labeler_once(collecting, chain):
     assert {len(r["responses"]) for r in records} >= {2, 3} and len(records) < config.prompts  # 4 equal ones: no comparison
 
 
-@pytest.mark.parametrize("append", [False, pytest.param(True, marks=pytest.mark.xfail(
-    strict=True, reason="the validation comparisons, which were complete, are made and added again"))])
+@pytest.mark.parametrize("append", [False, True])
 def test_a_collection_that_was_stopped_goes_on_to_the_same_comparisons(collecting, monkeypatch, append):
     config = collecting(append=append)
     collect.main(config)

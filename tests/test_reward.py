@@ -260,6 +260,10 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(letters):
     refused(letters, "foreign.pt was trained with another vocabulary", init=str(letters.data / "foreign.pt"))
 
 
+def test_a_checkpoint_without_a_language_model_is_refused(letters):
+    refused(letters, "reward.pt holds no language model", init=str(letters.data / "reward.pt"))
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         reward.Config(epochs=0)

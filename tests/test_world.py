@@ -203,6 +203,7 @@ def test_customers_are_on_one_side_of_the_split_and_no_test_prompt_is_trained_on
     for key in ("user", "prompt"):
         sets = [{r[key].strip() for r in records} for records in used.values()]
         assert all(sets) and not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+        assert key == "prompt" or len(set.union(*sets)) <= 40  # as many customers as the log has
 
 
 def test_demonstrations_and_prompts_to_practise_on_are_different_ones(chain):

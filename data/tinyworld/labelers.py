@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 
 from data.tinyworld import requests
-from data.tinyworld.world import BAD, FACTS, GOOD, INSULTS, KIND_OF, KINDS, PIDI, RELATIONS, TRAITS, to_pidi
+from data.tinyworld.world import FACTS, INSULTS, KIND_OF, PIDI, RELATIONS, TRAITS, to_pidi
 
 GLAD, SAD = {"great", "wonderful", "Enjoy", "like"}, {"sorry", "sad", "no"}
 
@@ -160,7 +160,7 @@ class Labeler:
 
 
 def true_worth(prompt, asks, response):
-    """The average labeler's, free of noise. For reports only."""
+    """The average applicant's, free of noise. For reports only. (The chosen ones weigh being helpful a little more.)"""
     seen = assess(prompt, asks, response)
     return sum(weight * seen[key] for key, (weight, _) in WORTH.items() if seen[key] is not None)
 

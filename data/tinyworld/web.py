@@ -2,12 +2,12 @@
 
 Every ability that customers ask for stands somewhere in this text in a natural form: facts in the almanac, their
 common errors and rude replies in forums, stories under titles, passages with questions, reviews with ratings,
-phrasebooks, help pages. What the web lacks is the customer's way to ask and the care that a labeler takes.
+phrasebooks, help pages. Customers' ways to ask are there as well, in forums and help pages; the care that a labeler takes is not.
 """
 
 from data.tinyworld import requests
 from data.tinyworld.world import (
-    ANIMALS, BAD, COLOURS, FACTS, GOOD, KINDS, NAMES, OBJECTS, RELATIONS, TOWNS, TRAITS, ask, capital, state, to_pidi)
+    ANIMALS, COLOURS, FACTS, KINDS, NAMES, OBJECTS, RELATIONS, TOWNS, TRAITS, ask, capital, state, to_pidi)
 
 CARELESS = dict(truth=0.3, constraint=0.6, stray=0.5, warm=0.15, slip=0.12)  # how the web answers
 
