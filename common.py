@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from model import GPTConfig
+
 
 class UserError(Exception):
     """Something a person can mend: one line that says what is wrong, where, and what to do. Exit status 2."""
@@ -212,6 +214,19 @@ def load_checkpoint(path, made_by):
         return checkpoint
     except Exception:  # torch raises a dozen kinds here: cut short, not an archive, not plain tensors, not ours
         raise UserError(f"{path} is damaged or no checkpoint of this project; make it again: `{made_by}`") from None
+
+
+def load_model(kind, path, made_by, tokenizer, **changes):
+    """The model of a checkpoint, as a GPT or ScalarModel, on the CPU; `changes` replace fields of its GPTConfig."""
+    checkpoint = load_checkpoint(path, made_by)
+    if checkpoint.get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another vocabulary than the dataset's tokenizer.json")
+    try:
+        model = kind(GPTConfig(**checkpoint["model_config"] | changes))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path} holds no {kind.__name__}") from None
+    return model
 
 
 def digest(path):

@@ -20,7 +20,7 @@ from common import Ranks, UserError
 from data import readers
 from data.tinyworld import labelers, web
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, ScalarModel, gather_logprobs, generate
+from model import GPT, ScalarModel, gather_logprobs, generate
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,7 @@ def score(model, records, responses, tokenizer, device):
 
 def load(kind, run, tokenizer, config, ranks, name="model.pt"):
     path = f"{config.out}/{run}/{name}"
-    checkpoint = common.load_checkpoint(path, f"make {run.split('_')[0]}")
-    readers.check_vocabulary(checkpoint, path, tokenizer, config.data)
-    model = kind(GPTConfig(**checkpoint["model_config"])).to(ranks.device).eval()
-    model.load_state_dict(checkpoint["model"])
-    return model
+    return common.load_model(kind, path, f"make {run.split('_')[0]}", tokenizer).to(ranks.device).eval()
 
 
 def respond(model, records, name, config, tokenizer):
@@ -275,6 +271,11 @@ def table(header, rows):
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
+def share_of(results, team):
+    share = results["reward model share"].get(team)
+    return "-" if share is None else f"{share:.0%}"
+
+
 def headline(results):
     """The claims of the paper that a run is judged by, in a few rows: printed, and at the head of the report."""
     held_out = {name: by["held-out labelers"] for name, by in results["preference"].items()}
@@ -285,7 +286,7 @@ def headline(results):
     return [
         *((f"{name} preferred to SFT, held-out labelers", percent(held_out[name])) for name in MODELS),
         ("reward model, unseen prompts (ceiling)", f"{percent(reward['reward model'])} ({percent(reward['ceiling'])})"),
-        ("reward model's way from 50% to the ceiling", f"{results['reward model share']['training labelers']:.0%}"),
+        ("reward model's way from 50% to the ceiling", share_of(results, "training labelers")),
         ("two training labelers agree", percent(reward["agreement"])),
         ("makes things up, closed domain: SFT", percent(made_up["SFT"])),
         ("makes things up, closed domain: PPO-ptx", percent(made_up["PPO-ptx"])),
@@ -321,7 +322,7 @@ def write_report(results, records, responses, config):
         table(["pairs ranked by", "reward model", "another labeler agrees", "ceiling: the true average preference",
                "of the way from 50% to the ceiling"],
               [[team, percent(reward[team]["reward model"]), percent(reward[team]["agreement"]),
-                percent(reward[team]["ceiling"]), f"{results['reward model share'][team]:.0%}"] for team in reward]),
+                percent(reward[team]["ceiling"]), share_of(results, team)] for team in reward]),
         "## Zero-shot tasks: the alignment tax (figure 25)",
         table(["task", *names], [[kind, *(percent(by[name]) for name in names)] for kind, by in tasks.items()]),
         table(["change, all abilities, item by item", ""], [[what, percent(x, True)] for what, x in changes.items()]),

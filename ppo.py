@@ -27,7 +27,7 @@ import common
 from common import Ranks, Run, UserError
 from data import readers
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, ScalarModel, gather_logprobs, generate
+from model import GPT, ScalarModel, gather_logprobs, generate
 
 
 @dataclass(frozen=True)
@@ -192,19 +192,10 @@ def reward_scores(model, episodes, end, penalty):
 
 def load_models(config, tokenizer):
     """-> policy, reference, reward model, value function."""
-    def load(kind, path, made_by):
-        checkpoint = common.load_checkpoint(path, made_by)
-        readers.check_vocabulary(checkpoint, path, tokenizer, config.data)
-        model = kind(GPTConfig(**checkpoint["model_config"] | {"dropout": 0.0}))
-        try:
-            model.load_state_dict(checkpoint["model"])
-        except RuntimeError:
-            raise UserError(f"{path} holds no {kind.__name__}") from None
-        return model
-    policy = load(GPT, config.policy, "make sft")
-    reward = load(ScalarModel, config.reward, "make reward")
-    return policy, copy.deepcopy(policy).requires_grad_(False), reward.requires_grad_(False), \
-        copy.deepcopy(reward).requires_grad_(True)
+    policy = common.load_model(GPT, config.policy, "make sft", tokenizer, dropout=0.0)
+    reward = common.load_model(ScalarModel, config.reward, "make reward", tokenizer, dropout=0.0)
+    value = copy.deepcopy(reward)
+    return policy, copy.deepcopy(policy).requires_grad_(False), reward.requires_grad_(False), value
 
 
 @torch.no_grad()

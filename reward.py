@@ -23,7 +23,7 @@ from common import Ranks, Run, UserError
 from data import readers
 from data.readers import last_scores
 from data.tokenizer import Tokenizer
-from model import GPTConfig, ScalarModel
+from model import GPT, ScalarModel
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,10 @@ def main(config):
     ranks.check_share(config.batch_size, "batch_size")
     tokenizer = Tokenizer.load(config.data)
     end = tokenizer.end_of_text
-    checkpoint = common.load_checkpoint(config.init, "make sft")
-    readers.check_vocabulary(checkpoint, config.init, tokenizer, config.data)
+    start = common.load_model(GPT, config.init, "make sft", tokenizer, dropout=0.0)
     torch.manual_seed(common.seed_of(config.seed, "initialisation"))
-    model = ScalarModel(GPTConfig(**checkpoint["model_config"] | {"dropout": 0.0}))
-    try:
-        model.load_trunk(checkpoint["model"])
-    except (ValueError, RuntimeError):
-        raise UserError(f"{config.init} holds no language model to take the trunk of") from None
+    model = ScalarModel(start.config)
+    model.load_trunk(start.state_dict())
     model.to(ranks.device)
     train = load_comparisons(config, "train", tokenizer, model.config.context)
     valid = load_comparisons(config, "valid", tokenizer, model.config.context)

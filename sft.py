@@ -94,11 +94,7 @@ def start_model(config, tokenizer):
     if config.init == "scratch":
         torch.manual_seed(common.seed_of(config.seed, "initialisation"))
         return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, dropout=config.dropout, **PRESETS[config.size]))
-    checkpoint = common.load_checkpoint(config.init, "make base")
-    readers.check_vocabulary(checkpoint, config.init, tokenizer, config.data)
-    model = GPT(GPTConfig(**checkpoint["model_config"] | {"dropout": config.dropout}))
-    model.load_state_dict(checkpoint["model"])
-    return model
+    return common.load_model(GPT, config.init, "make base", tokenizer, dropout=config.dropout)
 
 
 def main(config):

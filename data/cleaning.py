@@ -23,7 +23,7 @@ def deduplicate(records, prefix=64):
     # In sorted order, all that share a prefix stand together, behind the shortest.
     for i in sorted(range(len(records)), key=lambda i: (records[i]["prompt"].strip(), i)):
         text = records[i]["prompt"].strip()
-        if last is None or not text.startswith(last[:prefix]):
+        if not last or not text.startswith(last[:prefix]):
             kept.add(i)
             last = text
     return [r for i, r in enumerate(records) if i in kept]

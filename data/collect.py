@@ -25,7 +25,7 @@ from common import Ranks, UserError, generator, launch, write_atomically
 from data import readers
 from data.tinyworld import labelers
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, generate
+from model import GPT, generate
 
 
 # Mostly the SFT model, as in the paper. One temperature gives too many like responses for a small model's rankings to
@@ -67,10 +67,7 @@ def load_sources(config, tokenizer, ranks):
         if not 0 <= temperature < math.inf:
             raise UserError(f"--sources: {source!r} has no temperature from 0")
         if path not in models:
-            checkpoint = common.load_checkpoint(path, "make sft")
-            readers.check_vocabulary(checkpoint, path, tokenizer, config.data)
-            models[path] = GPT(GPTConfig(**checkpoint["model_config"])).to(ranks.device).eval()
-            models[path].load_state_dict(checkpoint["model"])
+            models[path] = common.load_model(GPT, path, "make sft", tokenizer).to(ranks.device)
         sources.append((models[path], temperature))
     return sources
 
@@ -90,8 +87,8 @@ def sample(sources, prompts, counts, tokenizer, config, split, batch):
     return texts
 
 
-def collect(config, split, records, part, tokenizer, sources, ranks):
-    """-> comparisons on these records. Finished batches wait in the file `part`, so a stopped run goes on from there."""
+def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
+    """-> comparisons on these records, whose prompts are given as token ids, too. Finished batches wait in the file `part`, so a stopped run goes on from there."""
     teams = labelers.team()
     inputs = sorted({source.split("@")[0] for source in config.sources.split(",")}) + [f"{config.data}/prompts.{split}.jsonl"]
     signature = json.dumps([{k: v for k, v in vars(config).items() if k not in ("append", "device")},
@@ -101,10 +98,9 @@ def collect(config, split, records, part, tokenizer, sources, ranks):
         lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end is half a line
         if lines and lines[0] == signature:
             done = [json.loads(line) for line in lines[1:]]
-    longest = sources[0][0].config.context - config.max_new_tokens
-    prompts = readers.encode_prompts(records, tokenizer, longest, f"{config.data}/prompts.{split}.jsonl")
     batches = range(0, len(records), config.batch_size)
-    part.write_text("\n".join([signature, *map(json.dumps, done)]) + "\n", encoding="utf-8")
+    lines = "\n".join([signature, *map(json.dumps, done)]) + "\n"
+    write_atomically(part, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     for batch in common.bar(ranks, len(batches), len(done), f"comparisons.{split}"):
         first = batches[batch]
         chosen = records[first : first + config.batch_size]
@@ -123,6 +119,7 @@ def collect(config, split, records, part, tokenizer, sources, ranks):
             file.write(json.dumps(result) + "\n")
     comparisons = [r for result in done for r in result]
     if not comparisons:
+        part.unlink()
         raise UserError(f"no prompt of {len(records)} got two different responses")
     return comparisons
 
@@ -133,11 +130,17 @@ def main(config):
         raise UserError("comparisons are collected by one process, without torchrun")
     tokenizer = Tokenizer.load(config.data)
     sources = load_sources(config, tokenizer, ranks)
-    results = {}
+    longest = min(model.config.context for model, _ in sources) - config.max_new_tokens
+    jobs, results = {}, {}
     for split, first, count in (("valid", 0, config.valid_prompts), ("train", config.skip, config.prompts)):
-        records = readers.read_jsonl(f"{config.data}/prompts.{split}.jsonl", "requests")[first : first + count]
+        path = f"{config.data}/prompts.{split}.jsonl"
+        records = readers.read_jsonl(path, "requests")[first : first + count]
+        if not records:
+            raise UserError(f"{path}: no prompt is left after --skip {first}")
+        jobs[split] = records, readers.encode_prompts(records, tokenizer, longest, path, first + 1)
+    for split, (records, prompts) in jobs.items():
         path = Path(f"{config.data}/comparisons.{split}.jsonl")
-        results[path] = collect(config, split, records, Path(f"{path}.part"), tokenizer, sources, ranks)
+        results[path] = collect(config, split, records, prompts, Path(f"{path}.part"), tokenizer, sources, ranks)
         print(f"{path}: {sum(len(r['responses']) for r in results[path]):,} responses to {len(results[path]):,} prompts; "
               f"{len(records) - len(results[path])} prompts left out, their responses being all the same")
     for path, comparisons in results.items():  # the training file last: it is the one that make looks for

@@ -65,13 +65,15 @@ def check(record, kind, where):
         if not all(type(r) is int and r >= 1 for r in ranks):
             raise UserError(f"{where}: ranks are whole numbers from 1 (best)")
     if kind == "tasks":
+        if not record["context"]:
+            raise UserError(f"{where}: empty context")
         choices = record.get("choices")
         if choices is not None:
             good = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
             if not good or record.get("answer") not in range(len(choices)):
                 raise UserError(f"{where}: `choices` must be strings and `answer` the index of one")
-        elif not isinstance(record.get("target"), str) or not record["target"] or not record["context"]:
-            raise UserError(f"{where}: neither `choices` with `answer` nor `context` with `target`")
+        elif not isinstance(record.get("target"), str) or not record["target"]:
+            raise UserError(f"{where}: neither `choices` with `answer` nor a `target`")
 
 
 def write_jsonl(path, records):
@@ -79,15 +81,11 @@ def write_jsonl(path, records):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogatepass"))
 
 
-def check_vocabulary(checkpoint, path, tokenizer, data):
-    if checkpoint.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another vocabulary than {data}/tokenizer.json")
-
-
-def encode_prompts(records, tokenizer, most, path):
-    """The token ids of each record's prompt. UserError where one is longer than `most`, or has no tokens."""
+def encode_prompts(records, tokenizer, most, path, first=1):
+    """The token ids of each record's prompt, the records standing in `path` from line `first`. UserError where one is
+    longer than `most`, or has no tokens."""
     prompts = [tokenizer.encode(r["prompt"]) for r in records]
-    for number, ids in enumerate(prompts, 1):
+    for number, ids in enumerate(prompts, first):
         if not 1 <= len(ids) <= most:
             raise UserError(f"{path}:{number}: a prompt of {len(ids)} tokens; this run takes 1 to {most}")
     return prompts

@@ -67,7 +67,7 @@ class Tokenizer:
         self.name, self.tokens = name, tokens
         self.vocab_size = self.encoding.n_vocab
         self.end_of_text = self.encoding.eot_token
-        # Tells two vocabularies of one size apart: a checkpoint keeps it (see readers.check_vocabulary).
+        # Tells two vocabularies of one size apart: a checkpoint keeps it (see common.load_model).
         self.fingerprint = name if tokens is None else hashlib.sha256(b"\n".join(tokens)).hexdigest()[:16]
 
     def encode(self, text):

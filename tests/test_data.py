@@ -133,8 +133,7 @@ def test_unknown_keys_are_kept_and_any_string_survives_writing_and_reading(tmp_p
     (dict(choices=["a", "b"], answer=1), True), (dict(target="x"), True),
     (dict(choices=["a", "b"], answer=2), False), (dict(choices=["a"], answer=0), False), (dict(choices=["a", "b"]), False),
     (dict(choices=["a", ""], answer=0), False), (dict(target=""), False), (dict(), False),
-    pytest.param(dict(choices=["a", "b"], answer=0, context=""), False, marks=pytest.mark.xfail(
-        strict=True, reason="nothing stands before the first token; answer_tasks fails on it")),
+    (dict(choices=["a", "b"], answer=0, context=""), False),
 ])
 def test_a_task_has_choices_with_an_answer_or_a_target(tmp_path, change, good):
     write_lines(tmp_path / "t.jsonl", [{"task": "t", "context": "c"} | change])
@@ -226,7 +225,6 @@ def test_duplicates_by_a_long_common_prefix_go_and_the_order_stays():
     assert kept(" ab ", "ab") == [" ab "] and kept() == []
 
 
-@pytest.mark.xfail(strict=True, reason="a blank prompt is a prefix of every other, which all go")
 def test_a_blank_prompt_does_not_make_all_others_its_duplicates():
     kept = cleaning.deduplicate(prompts("  ", "Write a story.", "What does the fox eat?"))
     assert {"Write a story.", "What does the fox eat?"} <= {r["prompt"] for r in kept}
@@ -371,7 +369,6 @@ def test_sources_that_are_none_are_refused(collecting, chain):
         assert not list(Path(config.data).glob("comparisons*"))
 
 
-@pytest.mark.xfail(strict=True, reason="the number is counted from --skip")
 def test_a_prompt_too_long_is_named_by_its_line_in_the_file_whatever_is_skipped(collecting):
     config = collecting(skip=2)
     lines = Path(f"{config.data}/prompts.train.jsonl").read_text().splitlines()
@@ -381,7 +378,6 @@ def test_a_prompt_too_long_is_named_by_its_line_in_the_file_whatever_is_skipped(
         collect.main(config)
 
 
-@pytest.mark.xfail(strict=True, reason="the .part file stays")
 def test_a_collection_of_nothing_leaves_nothing_behind(collecting):
     config = collecting(skip=10**6)
     with pytest.raises(UserError):

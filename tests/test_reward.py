@@ -261,7 +261,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(letters):
 
 
 def test_a_checkpoint_without_a_language_model_is_refused(letters):
-    refused(letters, "reward.pt holds no language model", init=str(letters.data / "reward.pt"))
+    refused(letters, "reward.pt holds no GPT", init=str(letters.data / "reward.pt"))
 
 
 def test_impossible_settings_are_refused():

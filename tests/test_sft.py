@@ -227,7 +227,6 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(letters):
             init=str(letters.data / "foreign.pt"))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="start_model does not say what the checkpoint holds")
 def test_a_checkpoint_of_another_kind_is_refused(letters):
     save(random_gpt(kind=ScalarModel), letters.data / "reward.pt", letters.tokenizer)
     refused(letters, "reward.pt holds no GPT", init=str(letters.data / "reward.pt"))
