@@ -2,8 +2,9 @@
 
     python evaluate.py                              # writes out/report.md, out/report.json, out/figures/
 
-Test prompts are of customers whose prompts stages 1 to 3 never saw (the web may hold the same words). Labelers are the programs of data/tinyworld: those
-who wrote training data, and held-out ones. Every interval is 95%, mean +- 1.96 standard errors over prompts (items).
+Test prompts are of customers whose prompts stages 1 to 3 never saw (the web may hold the same words). Labelers are the
+programs of data/tinyworld: those who wrote training data, and held-out ones. Every interval is 95%, mean +- 1.96
+standard errors over prompts (items).
 """
 
 import json
@@ -44,6 +45,7 @@ class Config:
 # The five models, in the same order and colours everywhere; the colours differ in grey too.
 MODELS = ("GPT", "GPT prompted", "SFT", "PPO", "PPO-ptx")
 RUNS = {"GPT": "base", "SFT": "sft", "PPO": "ppo_noptx", "PPO-ptx": "ppo"}  # folders below out
+TEAMS = ("training labelers", "held-out labelers")
 COLOURS = dict(zip(MODELS, ("#bdbdbd", "#e6ab02", "#66a61e", "#7570b3", "#a6004d")))
 
 
@@ -106,18 +108,18 @@ def choose(model, tasks, tokenizer, device):
     return [max(range(len(task["choices"])), key=lambda c: scores[i, c]) for i, task in enumerate(tasks)]
 
 
-def first_lines(model, tasks, tokenizer, batch_size):
+def first_lines(model, tasks, tokenizer):
     """What greedy decoding says on each task's context, up to the end of the line."""
     longest = max(len(tokenizer.encode(task["target"])) for task in tasks) + 4
     contexts, lines = [tokenizer.encode(task["context"]) for task in tasks], []
-    for i in range(0, len(tasks), batch_size):
-        chosen = contexts[i : i + batch_size]
+    for i in range(0, len(tasks), 256):
+        chosen = contexts[i : i + 256]
         said = generate(model, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
         lines += [tokenizer.decode(ids).split("\n")[0] for ids in said]
     return lines
 
 
-def answer_tasks(model, tasks, tokenizer, device, batch_size=256):
+def answer_tasks(model, tasks, tokenizer, device):
     """Zero-shot: 1 or 0 for each task. With choices: is the right one the likeliest? With a target: is it, exactly, the
     line that greedy decoding goes on with?"""
     right = [0.0] * len(tasks)
@@ -126,7 +128,7 @@ def answer_tasks(model, tasks, tokenizer, device, batch_size=256):
         right[i] = float(choice == tasks[i]["answer"])
     with_target = [i for i, task in enumerate(tasks) if "choices" not in task]
     if with_target:
-        for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer, batch_size)):
+        for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer)):
             right[i] = float(line.strip() == tasks[i]["target"].strip())
     return right
 
@@ -162,14 +164,15 @@ def respond(model, records, name, config, tokenizer):
     responses = []
     for i in tqdm(range(-(-len(prompts) // config.batch_size)), desc=f"sampling {name}"):
         chosen = prompts[i * config.batch_size : (i + 1) * config.batch_size]
-        uniforms = torch.rand(len(chosen), config.max_new_tokens, generator=common.generator(config.seed, f"respond {name}", i))
+        numbers = common.generator(config.seed, f"respond {name}", i)
+        uniforms = torch.rand(len(chosen), config.max_new_tokens, generator=numbers)
         responses += [tokenizer.decode(r) for r in generate(model, chosen, config.max_new_tokens, uniforms)]
     return [web.reply_in(r) for r in responses] if prompted else responses
 
 
 def preferences(records, responses, config):
     """{model: {team: (win rate over SFT, error, n)}}"""
-    teams = dict(zip(("training labelers", "held-out labelers"), labelers.team()))
+    teams = dict(zip(TEAMS, labelers.team()))
     return {name: {team: mean_and_error(win_rates(records, responses[name], responses["SFT baseline"], people,
                                                   config.judges, config.seed)) for team, people in teams.items()}
             for name in MODELS}
@@ -189,7 +192,7 @@ def reward_model_report(model, config, tokenizer, ranks):
     records = readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged", "make comparisons")
     flat = [(r, text) for r in records for text in r["responses"]]
     scores = iter(score(model, [r for r, _ in flat], [text for _, text in flat], tokenizer, ranks.device))
-    teams = dict(zip(("training labelers", "held-out labelers"), labelers.team()))
+    teams = dict(zip(TEAMS, labelers.team()))
     team_of = {labeler.name: team for team, people in teams.items() for labeler in people}
     shares = {team: defaultdict(list) for team in teams}
     for r in records:
@@ -230,8 +233,8 @@ def alignment_tax(models, config, tokenizer, ranks):
     able = [i for i, task in enumerate(tasks) if task["task"] in web.ABILITIES]
     table["all abilities"] = {name: mean_and_error([right[i] for i in able]) for name, right in results.items()}
     change = lambda a, b: mean_and_error([results[a][i] - results[b][i] for i in able])
-    changes = {f"{a} - {b}": change(a, b) for a, b in (("PPO", "SFT"), ("PPO-ptx", "SFT"), ("PPO-ptx", "PPO"), ("PPO", "GPT"),
-                                                      ("PPO-ptx", "GPT"))}
+    compared = (("PPO", "SFT"), ("PPO-ptx", "SFT"), ("PPO-ptx", "PPO"), ("PPO", "GPT"), ("PPO-ptx", "GPT"))
+    changes = {f"{a} - {b}": change(a, b) for a, b in compared}
     return table, changes
 
 
@@ -268,12 +271,13 @@ def percent(number, signed=False):
 
 def table(header, rows):
     lines = ["| " + " | ".join(map(str, header)) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    shown = lambda cell: f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+    return "\n".join(lines + ["| " + " | ".join(map(shown, row)) + " |" for row in rows])
 
 
-def share_of(results, team):
-    share = results["reward model share"].get(team)
-    return "-" if share is None else f"{share:.0%}"
+def way_to_ceiling(by):
+    """How far the reward model comes from guessing to what the true average preference would score."""
+    return f"{(by['reward model'][0] - 0.5) / (by['ceiling'][0] - 0.5):.0%}" if by["ceiling"][2] else "-"
 
 
 def headline(results):
@@ -286,7 +290,7 @@ def headline(results):
     return [
         *((f"{name} preferred to SFT, held-out labelers", percent(held_out[name])) for name in MODELS),
         ("reward model, unseen prompts (ceiling)", f"{percent(reward['reward model'])} ({percent(reward['ceiling'])})"),
-        ("reward model's way from 50% to the ceiling", share_of(results, "training labelers")),
+        ("reward model's way from 50% to the ceiling", way_to_ceiling(reward)),
         ("two training labelers agree", percent(reward["agreement"])),
         ("makes things up, closed domain: SFT", percent(made_up["SFT"])),
         ("makes things up, closed domain: PPO-ptx", percent(made_up["PPO-ptx"])),
@@ -298,10 +302,7 @@ def headline(results):
 
 def write_report(results, records, responses, config):
     prefer, meta, reward, (tasks, changes) = (results[k] for k in ("preference", "metadata", "reward model", "zero-shot"))
-    teams = ("training labelers", "held-out labelers")
-    names = tuple(RUNS)
-    samples = []
-    rng = random.Random(config.seed)
+    samples, rng = [], random.Random(config.seed)
     for use_case in dict.fromkeys(r["use_case"] for r in records):
         i = rng.choice([i for i, r in enumerate(records) if r["use_case"] == use_case])
         quoted = "\n".join(f"- **{name}**: {' / '.join(responses[name][i].splitlines()) or '(nothing)'}" for name in MODELS)
@@ -309,12 +310,15 @@ def write_report(results, records, responses, config):
     sections = [
         "# Report",
         f"{len(records):,} test prompts of {len({r['user'] for r in records})} customers never trained on; the labelers are "
-        "programs (data/tinyworld/labelers.py). Intervals are 95%; one of ± 0 says only that all were alike. Rates and tasks are judged by the world itself, "
-        "without a labeler's noise.",
+        "programs (data/tinyworld/labelers.py). Intervals are 95%; one of ± 0 says only that all were alike. Rates and tasks "
+        "are judged by the world itself, without a labeler's noise.",
         table(["in short", ""], headline(results)),
         "## Preferred to SFT (figures 1 and 3)",
-        table(["model", *teams], [[name, *(percent(prefer[name][team]) for team in teams)] for name in MODELS]),
-        "A tie counts half. The row SFT compares two samples of the same model.\n\n![win rates](figures/preference.png)",
+        table(["model", *TEAMS, "reward-model score", "true average preference"],
+              [[name, *(percent(prefer[name][team]) for team in TEAMS), results["reward model score"][name][0],
+                results["true worth"][name][0]] for name in MODELS]),
+        "A tie counts half. The row SFT compares two samples of the same model. The last column is known only because the "
+        "labelers are programs.\n\n![win rates](figures/preference.png)",
         "## Metadata (figure 4)",
         table(["rate", *MODELS], [[rate, *(percent(by[name]) for name in MODELS)] for rate, by in meta.items()]),
         "![metadata](figures/metadata.png)",
@@ -322,9 +326,9 @@ def write_report(results, records, responses, config):
         table(["pairs ranked by", "reward model", "another labeler agrees", "ceiling: the true average preference",
                "of the way from 50% to the ceiling"],
               [[team, percent(reward[team]["reward model"]), percent(reward[team]["agreement"]),
-                percent(reward[team]["ceiling"]), share_of(results, team)] for team in reward]),
+                percent(reward[team]["ceiling"]), way_to_ceiling(reward[team])] for team in reward]),
         "## Zero-shot tasks: the alignment tax (figure 25)",
-        table(["task", *names], [[kind, *(percent(by[name]) for name in names)] for kind, by in tasks.items()]),
+        table(["task", *RUNS], [[kind, *(percent(by[name]) for name in RUNS)] for kind, by in tasks.items()]),
         table(["change, all abilities, item by item", ""], [[what, percent(x, True)] for what, x in changes.items()]),
         "Bias: how often the stereotype is the likelier; 50% is no bias. Toxicity: how often a kind reply "
         "is likelier than an insult.\n\n![alignment tax](figures/tax.png)",
@@ -355,7 +359,7 @@ def bars(axis, groups, values, names, label):
         axis.bar(x, [100 * v for v in y], width * 0.92, yerr=[100 * e for e in error], label=name, capsize=2,
                  color=COLOURS[name], edgecolor="black", linewidth=0.5)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set_ylabel(label)
+    axis.set(ylabel=label, ylim=(0, 105))
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -373,28 +377,22 @@ def draw(results, config):
         common.write_atomically(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=150, format="png"))
         plt.close(figure)
 
-    prefer, meta, tasks = results["preference"], results["metadata"], results["zero-shot"][0]
-    figure, axis = plt.subplots(figsize=(7, 3.6))
-    teams = ("training labelers", "held-out labelers")
-    bars(axis, teams, {team: {name: prefer[name][team] for name in MODELS} for team in teams}, MODELS, "preferred to SFT (%)")
-    axis.axhline(50, color="black", linewidth=0.8, linestyle=":")
-    axis.set_ylim(0, 100)
-    axis.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.17), frameon=False, fontsize=8)
-    save(figure, "preference")
+    def bar_figure(name, groups, values, names, label, width):
+        figure, axis = plt.subplots(figsize=(width, 3.6))
+        bars(axis, groups, values, names, label)
+        axis.axhline(50, color="black", linewidth=0.8, linestyle=":", visible=name == "preference")
+        axis.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.17), frameon=False, fontsize=8)
+        save(figure, name)
+
+    by_team = {team: {name: by[team] for name, by in results["preference"].items()} for team in TEAMS}
+    bar_figure("preference", TEAMS, by_team, MODELS, "preferred to SFT (%)", 7)
+    bar_figure("tax", [*web.ABILITIES, "all abilities"], results["zero-shot"][0], tuple(RUNS), "zero-shot accuracy (%)", 9)
 
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True)
-    for axis, (rate, by) in zip(axes, meta.items()):
+    for axis, (rate, by) in zip(axes, results["metadata"].items()):
         bars(axis, [rate], {rate: by}, MODELS, "responses (%)" if axis is axes[0] else "")
-        axis.set_ylim(0, 105)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="upper center", frameon=False, fontsize=8)
     save(figure, "metadata", rect=(0, 0, 1, 0.93))
-
-    figure, axis = plt.subplots(figsize=(9, 3.6))
-    names, groups = tuple(RUNS), [*web.ABILITIES, "all abilities"]
-    bars(axis, groups, tasks, names, "zero-shot accuracy (%)")
-    axis.set_ylim(0, 105)
-    axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.17), frameon=False, fontsize=8)
-    save(figure, "tax")
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
     for name in ("PPO", "PPO-ptx"):
@@ -431,8 +429,6 @@ def main(config):
         "zero-shot": alignment_tax(models, config, tokenizer, ranks),
         "sft epochs": sft_epochs(reward_model, config, tokenizer, ranks),
     }
-    results["reward model share"] = {team: (by["reward model"][0] - 0.5) / (by["ceiling"][0] - 0.5)
-                                     for team, by in results["reward model"].items() if by["ceiling"][2]}
     draw(results, config)
     write_report(results, records, responses, config)
     for what, number in headline(results):
