@@ -82,7 +82,7 @@ def launch(main, Config):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -101,6 +101,8 @@ class Ranks:
             device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         try:
             self.device = torch.device(device)
+            if self.device.type not in ("cpu", "cuda"):
+                raise RuntimeError("neither cpu nor cuda")
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
@@ -178,6 +180,8 @@ def warmup_constant(step, warmup=10, start=0.1):
 def update(optimizer, model, lr, max_norm=1.0):
     """One step with the gradients clipped to a global norm (GPT-3's: 1). Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if not torch.isfinite(norm):
+        raise UserError("the gradient is no longer finite: the run diverged; a lower --lr may help")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -318,7 +322,8 @@ class Run:
     def finish(self):
         """The run is complete: nothing is left to resume."""
         if self.ranks.main:
-            (self.folder / "resume.pt").unlink(missing_ok=True)
+            for path in (self.folder / "resume.pt", *self.folder.glob("*.tmp")):
+                path.unlink(missing_ok=True)
         self.ranks.barrier()
 
 

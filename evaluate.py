@@ -123,10 +123,10 @@ def answer_tasks(model, tasks, tokenizer, device):
     """Zero-shot: 1 or 0 for each task. With choices: is the right one the likeliest? With a target: is it, exactly, the
     line that greedy decoding goes on with?"""
     right = [0.0] * len(tasks)
-    with_choices = [i for i, task in enumerate(tasks) if "choices" in task]
+    with_choices = [i for i, task in enumerate(tasks) if task.get("choices")]
     for i, choice in zip(with_choices, choose(model, [tasks[i] for i in with_choices], tokenizer, device)):
         right[i] = float(choice == tasks[i]["answer"])
-    with_target = [i for i, task in enumerate(tasks) if "choices" not in task]
+    with_target = [i for i, task in enumerate(tasks) if not task.get("choices")]
     if with_target:
         for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer)):
             right[i] = float(line.strip() == tasks[i]["target"].strip())
@@ -137,6 +137,8 @@ def answer_tasks(model, tasks, tokenizer, device):
 def score(model, records, responses, tokenizer, device):
     """The reward model's score of each response, at its end of text."""
     episodes = [readers.episode(r["prompt"], text, tokenizer) for r, text in zip(records, responses)]
+    # Broken characters take more tokens read back than they took when sampled; what no longer fits is cut.
+    episodes = [(prompt, said[: model.config.context - len(prompt)]) for prompt, said in episodes]
     result = [0.0] * len(episodes)
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i][0]) + len(episodes[i][1]))
     for first in range(0, len(order), 128):
@@ -154,13 +156,12 @@ def load(kind, run, tokenizer, config, ranks, name="model.pt"):
     return common.load_model(kind, path, f"make {run.split('_')[0]}", tokenizer).to(ranks.device).eval()
 
 
-def respond(model, records, name, config, tokenizer):
+def respond(model, records, split, name, config, tokenizer):
     """One response at temperature 1 to each record's prompt."""
     prompted = name == "GPT prompted"
     texts = [web.with_prefix(r["prompt"]) if prompted else r["prompt"] for r in records]
-    path = f"{config.data}/prompts (with the few-shot prefix)" if prompted else f"{config.data}/prompts"
     prompts = readers.encode_prompts([{"prompt": t} for t in texts], tokenizer,
-                                     model.config.context - config.max_new_tokens, path)
+                                     model.config.context - config.max_new_tokens - 1, f"{config.data}/prompts.{split}.jsonl")
     responses = []
     for i in tqdm(range(-(-len(prompts) // config.batch_size)), desc=f"sampling {name}"):
         chosen = prompts[i * config.batch_size : (i + 1) * config.batch_size]
@@ -225,7 +226,12 @@ def ratio(counts):
 def alignment_tax(models, config, tokenizer, ranks):
     """Zero-shot accuracy by task and model, and on the abilities together what RL took and the pretraining mix gave
     back, item by item."""
-    tasks = readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks")
+    path = f"{config.data}/tasks.test.jsonl"
+    tasks, context = readers.read_jsonl(path, "tasks"), models["GPT"].config.context
+    for number, task in enumerate(tasks, 1):
+        longest = max(len(tokenizer.encode(text)) for text in task.get("choices") or [task["target"]]) + 4
+        if len(tokenizer.encode(task["context"])) + longest > context:
+            raise UserError(f"{path}:{number}: the task does not fit the context of {context}")
     results = {name: answer_tasks(models[name], tasks, tokenizer, ranks.device) for name in RUNS}
     kinds = list(dict.fromkeys(task["task"] for task in tasks))
     table = {kind: {name: mean_and_error([x for x, task in zip(right, tasks) if task["task"] == kind])
@@ -255,7 +261,7 @@ def sft_epochs(reward_model, config, tokenizer, ranks):
     for entry in read_log(config, "sft"):
         if "epoch" in entry:
             model = load(GPT, "sft", tokenizer, config, ranks, f"epoch{entry['epoch']}.pt")
-            texts = respond(model, records, f"SFT epoch {entry['epoch']}", config, tokenizer)
+            texts = respond(model, records, "valid", f"SFT epoch {entry['epoch']}", config, tokenizer)
             rows.append((entry["epoch"], entry["valid_loss"],
                          *mean_and_error(score(reward_model, records, texts, tokenizer, ranks.device))[:2]))
     return rows
@@ -277,18 +283,19 @@ def table(header, rows):
 
 def way_to_ceiling(by):
     """How far the reward model comes from guessing to what the true average preference would score."""
-    return f"{(by['reward model'][0] - 0.5) / (by['ceiling'][0] - 0.5):.0%}" if by["ceiling"][2] else "-"
+    return f"{(by['reward model'][0] - 0.5) / (by['ceiling'][0] - 0.5):.0%}" if by["ceiling"][0] not in (None, 0.5) else "-"
 
 
 def headline(results):
-    """The claims of the paper that a run is judged by, in a few rows: printed, and at the head of the report."""
+    """The claims of the paper that a run is judged by, in a few rows: printed, and at the head of the report. All
+    preferences here are held-out labelers'."""
     held_out = {name: by["held-out labelers"] for name, by in results["preference"].items()}
-    made_up = results["metadata"]["makes things up (closed domain)"]
+    made_up = results["metadata"]["makes things up (closed domain, less is better)"]
     tasks, changes = results["zero-shot"]
     drop, back = (tasks["all abilities"][a][0] - tasks["all abilities"]["PPO"][0] for a in ("SFT", "PPO-ptx"))
     reward = results["reward model"]["training labelers"]
     return [
-        *((f"{name} preferred to SFT, held-out labelers", percent(held_out[name])) for name in MODELS),
+        *((f"{name} preferred to SFT{' (itself: 50%)' * (name == 'SFT')}", percent(held_out[name])) for name in MODELS),
         ("reward model, unseen prompts (ceiling)", f"{percent(reward['reward model'])} ({percent(reward['ceiling'])})"),
         ("reward model's way from 50% to the ceiling", way_to_ceiling(reward)),
         ("two training labelers agree", percent(reward["agreement"])),
@@ -312,7 +319,7 @@ def write_report(results, records, responses, config):
         f"{len(records):,} test prompts of {len({r['user'] for r in records})} customers never trained on; the labelers are "
         "programs (data/tinyworld/labelers.py). Intervals are 95%; one of ± 0 says only that all were alike. Rates and tasks "
         "are judged by the world itself, without a labeler's noise.",
-        table(["in short", ""], headline(results)),
+        table(["in short (preferences by held-out labelers)", ""], headline(results)),
         "## Preferred to SFT (figures 1 and 3)",
         table(["model", *TEAMS, "reward-model score", "true average preference"],
               [[name, *(percent(prefer[name][team]) for team in TEAMS), results["reward model score"][name][0],
@@ -331,10 +338,11 @@ def write_report(results, records, responses, config):
         table(["task", *RUNS], [[kind, *(percent(by[name]) for name in RUNS)] for kind, by in tasks.items()]),
         table(["change, all abilities, item by item", ""], [[what, percent(x, True)] for what, x in changes.items()]),
         "Bias: how often the stereotype is the likelier; 50% is no bias. Toxicity: how often a kind reply "
-        "is likelier than an insult.\n\n![alignment tax](figures/tax.png)",
+        "is likelier than an insult. All abilities: the first five, an equal number of items each.\n\n![alignment tax](figures/tax.png)",
         "## SFT epochs (section 3.4)",
         table(["epoch", "validation loss", "reward-model score"],
               [[epoch, f"{loss:.4f}", f"{mean:.2f} ± {error:.2f}"] for epoch, loss, mean, error in results["sft epochs"]]),
+        "The last is used.",
         "## Training",
         "![training](figures/training.png)",
         "## Samples",
@@ -385,12 +393,12 @@ def draw(results, config):
         save(figure, name)
 
     by_team = {team: {name: by[team] for name, by in results["preference"].items()} for team in TEAMS}
-    bar_figure("preference", TEAMS, by_team, MODELS, "preferred to SFT (%)", 7)
-    bar_figure("tax", [*web.ABILITIES, "all abilities"], results["zero-shot"][0], tuple(RUNS), "zero-shot accuracy (%)", 9)
+    bar_figure("preference", TEAMS, by_team, MODELS, "preferred to SFT (%), 95% intervals", 7)
+    bar_figure("tax", [*web.ABILITIES, "all abilities"], results["zero-shot"][0], tuple(RUNS), "zero-shot accuracy (%), 95% intervals", 9)
 
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True)
     for axis, (rate, by) in zip(axes, results["metadata"].items()):
-        bars(axis, [rate], {rate: by}, MODELS, "responses (%)" if axis is axes[0] else "")
+        bars(axis, [rate.replace(" (", "\n(")], {rate.replace(" (", "\n("): by}, MODELS, "responses (%), 95% intervals" if axis is axes[0] else "")
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="upper center", frameon=False, fontsize=8)
     save(figure, "metadata", rect=(0, 0, 1, 0.93))
 
@@ -415,9 +423,14 @@ def main(config):
     models = {name: load(GPT, folder, tokenizer, config, ranks) for name, folder in RUNS.items()}
     reward_model = load(ScalarModel, "reward", tokenizer, config, ranks)
     records = readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "requests")[: config.prompts]
+    for name, kind in (("prompts.valid", "requests"), ("comparisons.valid", "judged"), ("tasks.test", "tasks")):
+        readers.read_jsonl(f"{config.data}/{name}.jsonl", kind)  # what is missing is said before minutes of sampling
+    for run in ("sft", "ppo", "ppo_noptx"):
+        read_log(config, run)
 
     models |= {"GPT prompted": models["GPT"], "SFT baseline": models["SFT"]}
-    responses = {name: respond(models[name], records, name, config, tokenizer) for name in (*MODELS, "SFT baseline")}
+    responses = {name: respond(models[name], records, "test", name, config, tokenizer)
+                 for name in (*MODELS, "SFT baseline")}
     results = {
         "preference": preferences(records, responses, config),
         "metadata": metadata_rates(records, responses),

@@ -64,6 +64,8 @@ class Config:
         if min(self.lr, self.value_lr, self.beta, self.ptx_coef, self.ptx_rows, self.clip, self.value_clip,
                self.truncation_penalty) < 0:
             raise ValueError("rates and coefficients are at least 0")
+        if max(self.clip, self.value_clip, self.ptx_rows) > 1e6:
+            raise ValueError("--clip, --value_clip and --ptx_rows are at most a million")
         if self.temperature <= 0 or not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--temperature is above 0; --gamma and --lam from 0 to 1, --ema from 0 to under 1")
         if self.ptx_coef and round(self.ptx_rows * self.minibatch_size) < 1:
@@ -226,7 +228,8 @@ def main(config):
         print(f"{config.iterations} iterations x {minibatches} minibatches x {config.minibatch_size} episodes + {ptx_rows} "
               f"rows of pretraining text; {len(prompts):,} prompts")
 
-    run = Run(config.out, config, ranks, [config.policy, config.reward, path])
+    inputs = [config.policy, config.reward, path] + [f"{config.data}/pretrain.train.bin"] * bool(ptx_rows)
+    run = Run(config.out, config, ranks, inputs)
     optimizer, value_optimizer = common.adam(policy, config.lr), common.adam(value_model, config.value_lr)
     parts = dict(policy=policy, value=value_model, ema=ema, optimizer=optimizer, value_optimizer=value_optimizer)
     start = run.resume(config.resume, **parts)

@@ -92,18 +92,21 @@ def accuracy(counts, labelers):
     return sum(counts[name][1] for name in labelers if name in counts) / pairs if pairs else None
 
 
+def load_demonstrations(path, tokenizer, context):
+    """-> the episodes of the demonstrations that fit the context, at most 1,000."""
+    episodes = [readers.episode(r["prompt"], r["response"], tokenizer) for r in readers.read_jsonl(path, "demonstrations")]
+    episodes = [pair for pair in episodes if len(pair[0]) + len(pair[1]) <= context][:1000]
+    if not episodes:
+        raise UserError(f"{path}: no demonstration fits the context of {context}")
+    return episodes
+
+
 @torch.no_grad()
-def demonstration_score(model, config, tokenizer, ranks):
-    """Mean score of the training demonstrations (at most 1,000): the bias to take off before RL (C.2)."""
-    path = f"{config.data}/demonstrations.train.jsonl"
-    records = readers.read_jsonl(path, "demonstrations")[:1000]
-    episodes = [readers.episode(r["prompt"], r["response"], tokenizer) for r in records]
-    mine = [pair for pair in episodes[ranks.rank :: ranks.size] if len(pair[0]) + len(pair[1]) <= model.config.context]
-    parts = [last_scores(model, mine[i : i + 32], tokenizer.end_of_text, ranks.device).sum().item()
-             for i in range(0, len(mine), 32)]
+def demonstration_score(model, episodes, end, ranks):
+    """Mean score of demonstrations: the bias to take off before RL (C.2)."""
+    mine = episodes[ranks.rank :: ranks.size]
+    parts = [last_scores(model, mine[i : i + 32], end, ranks.device).sum().item() for i in range(0, len(mine), 32)]
     total, count = ranks.sum(sum(parts), len(mine))
-    if count == 0:
-        raise UserError(f"{path}: no demonstration fits the context of {model.config.context}")
     return total / count
 
 
@@ -119,18 +122,22 @@ def main(config):
     model.to(ranks.device)
     train = load_comparisons(config, "train", tokenizer, model.config.context)
     valid = load_comparisons(config, "valid", tokenizer, model.config.context)
+    shown = f"{config.data}/demonstrations.train.jsonl"
+    demonstrations = load_demonstrations(shown, tokenizer, model.config.context)
     seen = {labeler for _, _, labeler in train}
     held_out = {labeler for _, _, labeler in valid} - seen
     per_epoch = len(train) // config.batch_size
     if per_epoch == 0:
         raise UserError(f"{len(train)} comparisons are less than one batch of {config.batch_size} prompts")
     steps = config.epochs * per_epoch
+    pairs = sum(ranking_loss(torch.zeros(len(order)), order)[1] for _, order, _ in train)
+    if pairs == 0:
+        raise UserError(f"{config.data}/comparisons.train.jsonl: every pair of responses is tied")
     if ranks.main:
-        pairs = sum(ranking_loss(torch.zeros(len(order)), order)[1] for _, order, _ in train)
         print(f"{config.epochs} epochs x {per_epoch} steps x {config.batch_size} prompts; {len(train):,} prompts, "
               f"{sum(len(e) for e, _, _ in train):,} responses, {pairs:,} pairs that are not tied, {len(seen)} labelers")
 
-    run = Run(config.out, config, ranks, [config.init, f"{config.data}/comparisons.train.jsonl"])
+    run = Run(config.out, config, ranks, [config.init, shown, f"{config.data}/comparisons.train.jsonl"])
     optimizer = common.adam(model, config.lr)
     start = run.resume(config.resume, model=model, optimizer=optimizer)
     wrapped = ranks.wrap(model)
@@ -164,7 +171,7 @@ def main(config):
         run.log(step, **numbers)
         run.checkpoint(step + 1, model=model, optimizer=optimizer)
 
-    bias = demonstration_score(model, config, tokenizer, ranks)
+    bias = demonstration_score(model, demonstrations, end, ranks)
     with torch.no_grad():
         model.head.bias -= bias  # so that demonstrations score 0 on average
     run.save_model(model, config.data, tokenizer=tokenizer.fingerprint)

@@ -122,8 +122,10 @@ def main(config):
         print(f"{config.epochs} epochs x {per_epoch} steps x ({demonstration_rows} demonstrations + {pretrain_rows} rows "
               f"of pretraining text); {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    inputs = [config.init] * (config.init != "scratch") + [f"{config.data}/demonstrations.train.jsonl"] * bool(demonstrations)
-    run = Run(config.out, config, ranks, [f"{config.data}/tokenizer.json", *inputs])
+    inputs = [f"{config.data}/tokenizer.json"] + [config.init] * (config.init != "scratch")
+    inputs += [f"{config.data}/demonstrations.train.jsonl"] * bool(demonstration_rows)
+    inputs += [f"{config.data}/pretrain.train.bin"] * bool(pretrain_rows)
+    run = Run(config.out, config, ranks, inputs)
     optimizer = common.adam(model, config.lr)
     start = run.resume(config.resume, model=model, optimizer=optimizer)
     wrapped = ranks.wrap(model)

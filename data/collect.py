@@ -110,7 +110,8 @@ def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
         result = []
         for i, (record, responses) in enumerate(zip(chosen, texts)):
             labeler = rng.choice(teams[(first + i) % 2 if split == "valid" else 0])
-            responses = [r for r in dict.fromkeys(responses) if r.strip()]
+            room = sources[0][0].config.context - len(prompts[first + i]) - 1  # broken characters can outgrow it, read back
+            responses = [r for r in dict.fromkeys(responses) if r.strip() and len(tokenizer.encode(r)) <= room]
             if len(responses) > 1:
                 ranks_ = labeler.rank(record["prompt"], record["asks"], responses, config.seed)
                 result.append({**record, "responses": responses, "ranks": ranks_, "labeler": labeler.name})
@@ -130,7 +131,7 @@ def main(config):
         raise UserError("comparisons are collected by one process, without torchrun")
     tokenizer = Tokenizer.load(config.data)
     sources = load_sources(config, tokenizer, ranks)
-    longest = min(model.config.context for model, _ in sources) - config.max_new_tokens
+    longest = min(model.config.context for model, _ in sources) - config.max_new_tokens - 1  # for the end
     jobs, results = {}, {}
     for split, first, count in (("valid", 0, config.valid_prompts), ("train", config.skip, config.prompts)):
         path = f"{config.data}/prompts.{split}.jsonl"
@@ -146,6 +147,9 @@ def main(config):
     for path, comparisons in results.items():  # the training file last: it is the one that make looks for
         old = path.read_bytes() if config.append and path.is_file() else b""
         new = "".join(json.dumps(r) + "\n" for r in comparisons).encode()
+        if new in old:
+            print(f"{path} holds these comparisons already")
+            continue
         write_atomically(path, lambda temporary: temporary.write_bytes(old + new))
     for path in results:
         Path(f"{path}.part").unlink()

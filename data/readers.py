@@ -50,6 +50,8 @@ def read_jsonl(path, kind, made_by="make data"):
 
 def check(record, kind, where):
     """What types can't say of a record."""
+    if kind in ("requests", "judged") and not isinstance(record["asks"].get("form"), str):
+        raise UserError(f"{where}: `asks` does not say which form is asked for")
     if kind != "tasks" and not record["prompt"]:
         raise UserError(f"{where}: empty prompt")
     if kind == "demonstrations" and not record["response"]:
@@ -62,7 +64,7 @@ def check(record, kind, where):
             raise UserError(f"{where}: {len(responses)} responses but {len(ranks)} ranks")
         if not all(isinstance(r, str) for r in responses):
             raise UserError(f"{where}: a response is no string")
-        if not all(type(r) is int and r >= 1 for r in ranks):
+        if not all(type(r) is int and 1 <= r < 2**31 for r in ranks):
             raise UserError(f"{where}: ranks are whole numbers from 1 (best)")
     if kind == "tasks":
         if not record["context"]:
@@ -84,6 +86,8 @@ def write_jsonl(path, records):
 def encode_prompts(records, tokenizer, most, path, first=1):
     """The token ids of each record's prompt, the records standing in `path` from line `first`. UserError where one is
     longer than `most`, or has no tokens."""
+    if most < 1:
+        raise UserError("--max_new_tokens leaves no room for a prompt in the context")
     prompts = [tokenizer.encode(r["prompt"]) for r in records]
     for number, ids in enumerate(prompts, first):
         if not 1 <= len(ids) <= most:

@@ -163,7 +163,7 @@ def test_the_reports_numbers_are_those_of_its_measures(report):
     assert able["PPO"][2] == 4 * len(web.ABILITIES)
     assert changes["PPO-ptx - SFT"][0] == pytest.approx(able["PPO-ptx"][0] - able["SFT"][0])
     assert set(results["metadata"]) == {"attempts the right task", "keeps the stated constraint",
-                                        "makes things up (closed domain)", "fits a customer assistant"}
+                                        "makes things up (closed domain, less is better)", "fits a customer assistant"}
     assert [row[0] for row in results["sft epochs"]] == [1, 2]
     assert results["config"]["prompts"] == 12
 

@@ -67,7 +67,8 @@ def letter_or_ad(rng):
 def reading(rng):
     text, p = requests.passage(rng)
     lines = [text]
-    for question, _, answer in {requests.reading_question(rng, p) for _ in range(rng.choice([1, 2, 3]))}:
+    asked = [requests.reading_question(rng, p) for _ in range(rng.choice([1, 2, 3]))]
+    for question, _, answer in dict.fromkeys(asked):
         lines.append(f"Question: {question} Answer: {answer}".format(**p))
     if rng.random() < 0.5:
         lines.append("Name, town, thing: {name}, {town}, {object}.".format(**p))
