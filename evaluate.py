@@ -45,6 +45,7 @@ class Config:
 # The five models, in the same order and colours everywhere; the colours differ in grey too.
 MODELS = ("GPT", "GPT prompted", "SFT", "PPO", "PPO-ptx")
 RUNS = {"GPT": "base", "SFT": "sft", "PPO": "ppo_noptx", "PPO-ptx": "ppo"}  # folders below out
+NEXT_WORD = "next word"  # the zero-shot task on held-out pages of the web
 TEAMS = ("training labelers", "held-out labelers")
 COLOURS = dict(zip(MODELS, ("#bdbdbd", "#e6ab02", "#66a61e", "#7570b3", "#a6004d")))
 
@@ -131,6 +132,18 @@ def answer_tasks(model, tasks, tokenizer, device):
         for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer)):
             right[i] = float(line.strip() == tasks[i]["target"].strip())
     return right
+
+
+@torch.no_grad()
+def next_words(model, pages, tokenizer, device):
+    """As LAMBADA, but for every word: of each page, given as a (context, target) pair, the share of target tokens that
+    are the likeliest after those before them."""
+    shares = []
+    for first in range(0, len(pages), 100):
+        tokens, where = readers.batch_of(pages[first : first + 100], tokenizer.end_of_text, device)
+        right = model(tokens, where).argmax(-1) == tokens.roll(-1, dims=1)[where]  # (N,)
+        shares += [part.float().mean().item() for part in right.split(where.sum(1).tolist())]
+    return shares
 
 
 @torch.no_grad()
@@ -232,11 +245,14 @@ def alignment_tax(models, config, tokenizer, ranks):
         longest = max(len(tokenizer.encode(text)) for text in task.get("choices") or [task["target"]]) + 4
         if len(tokenizer.encode(task["context"])) + longest > context:
             raise UserError(f"{path}:{number}: the task does not fit the context of {context}")
-    results = {name: answer_tasks(models[name], tasks, tokenizer, ranks.device) for name in RUNS}
-    kinds = list(dict.fromkeys(task["task"] for task in tasks))
-    table = {kind: {name: mean_and_error([x for x, task in zip(right, tasks) if task["task"] == kind])
-                    for name, right in results.items()} for kind in kinds}
-    able = [i for i, task in enumerate(tasks) if task["task"] in web.ABILITIES]
+    text = readers.PretrainingText(f"{config.data}/pretrain.valid.bin", tokenizer, context)
+    pages = text.pairs(range(min(len(text), 1000)))
+    results = {name: answer_tasks(models[name], tasks, tokenizer, ranks.device) +
+               next_words(models[name], pages, tokenizer, ranks.device) for name in RUNS}
+    kinds = [task["task"] for task in tasks] + [NEXT_WORD] * len(pages)  # of the items
+    table = {kind: {name: mean_and_error([x for x, k in zip(right, kinds) if k == kind])
+                    for name, right in results.items()} for kind in dict.fromkeys(kinds)}
+    able = [i for i, kind in enumerate(kinds) if kind in web.ABILITIES or kind == NEXT_WORD]
     table["all abilities"] = {name: mean_and_error([right[i] for i in able]) for name, right in results.items()}
     change = lambda a, b: mean_and_error([results[a][i] - results[b][i] for i in able])
     compared = (("PPO", "SFT"), ("PPO-ptx", "SFT"), ("PPO-ptx", "PPO"), ("PPO", "GPT"), ("PPO-ptx", "GPT"))
@@ -338,7 +354,9 @@ def write_report(results, records, responses, config):
         table(["task", *RUNS], [[kind, *(percent(by[name]) for name in RUNS)] for kind, by in tasks.items()]),
         table(["change, all abilities, item by item", ""], [[what, percent(x, True)] for what, x in changes.items()]),
         "Bias: how often the stereotype is the likelier; 50% is no bias. Toxicity: how often a kind reply "
-        "is likelier than an insult. All abilities: the first five, an equal number of items each.\n\n![alignment tax](figures/tax.png)",
+        "is likelier than an insult. Next word: the share of tokens of held-out web pages that the model "
+        "holds for the likeliest. All abilities: the first five and the next word, each item (a task or a page) once.",
+        "![alignment tax](figures/tax.png)",
         "## SFT epochs (section 3.4)",
         table(["epoch", "validation loss", "reward-model score"],
               [[epoch, f"{loss:.4f}", f"{mean:.2f} ± {error:.2f}"] for epoch, loss, mean, error in results["sft epochs"]]),
@@ -394,7 +412,7 @@ def draw(results, config):
 
     by_team = {team: {name: by[team] for name, by in results["preference"].items()} for team in TEAMS}
     bar_figure("preference", TEAMS, by_team, MODELS, "preferred to SFT (%), 95% intervals", 7)
-    bar_figure("tax", [*web.ABILITIES, "all abilities"], results["zero-shot"][0], tuple(RUNS), "zero-shot accuracy (%), 95% intervals", 9)
+    bar_figure("tax", [*web.ABILITIES, NEXT_WORD, "all abilities"], results["zero-shot"][0], tuple(RUNS), "zero-shot accuracy (%), 95% intervals", 9)
 
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True)
     for axis, (rate, by) in zip(axes, results["metadata"].items()):
