@@ -160,12 +160,18 @@ def test_the_reports_numbers_are_those_of_its_measures(report):
             assert 0 <= share <= 1 and error >= 0 and n == 12
     table, changes = results["zero-shot"]
     able = table["all abilities"]
-    assert able["PPO"][2] == 4 * len(web.ABILITIES)
+    assert able["PPO"][2] == 4 * len(web.ABILITIES) + table["next word"]["PPO"][2] and table["next word"]["PPO"][2] > 0
     assert changes["PPO-ptx - SFT"][0] == pytest.approx(able["PPO-ptx"][0] - able["SFT"][0])
     assert set(results["metadata"]) == {"attempts the right task", "keeps the stated constraint",
                                         "makes things up (closed domain, less is better)", "fits a customer assistant"}
     assert [row[0] for row in results["sft epochs"]] == [1, 2]
     assert results["config"]["prompts"] == 12
+
+
+def test_the_next_word_is_right_where_the_likeliest_token_comes():
+    counting = Bigram(torch.eye(9).roll(1, dims=1))  # after i it expects i + 1
+    pages = [([0], [1, 2, 5, 6]), ([3], [4]), ([7], [1, 1])]
+    assert evaluate.next_words(counting, pages, SimpleNamespace(end_of_text=8), "cpu") == [0.75, 1.0, 0.0]
 
 
 def test_the_same_seed_writes_the_same_report(report):
