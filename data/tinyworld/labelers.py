@@ -96,7 +96,7 @@ def assess(prompt, asks, response):
 
 
 PIDI_WORDS, OFFENSIVE = {"ta", *PIDI.values()}, {*INSULTS, *TRAITS}
-CLOSED_FORMS = ("rewrite", "summary", "reading", "names")  # of requests.CLOSED_DOMAIN
+CLOSED_FORMS = ("rewrite", "summary", "reading", "names")  # closed domain: all that may be said stands in the prompt
 
 
 def invented(prompt, response):

@@ -12,7 +12,6 @@ from data.tinyworld.world import (
 # Table 1 of the paper, per cent of the prompts.
 USE_CASES = {"generation": 45.6, "open qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6,
              "summarization": 4.2, "classification": 3.5, "other": 3.5, "closed qa": 2.6, "extraction": 1.9}
-CLOSED_DOMAIN = ("rewrite", "summarization", "closed qa", "extraction")  # all that may be said stands in the prompt
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # What counts as a warm tone, by the form that is wanted.
