@@ -7,6 +7,7 @@ ends with the same weights as one that never was, and ranks can draw the same nu
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -159,6 +160,8 @@ class Ranks:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
         precision = how.precision
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -184,11 +187,12 @@ class Ranks:
         """This rank's share of `count` rows of the global batch."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def micro_batches(self, count):
-        """That share in slices of at most --micro_batch rows; every rank has as many, so that they stay in step."""
-        mine, parts = self.rows(count), self.parts(count)
-        n = mine.stop - mine.start
-        return [slice(mine.start + i * n // parts, mine.start + (i + 1) * n // parts) for i in range(parts)]
+    def micro_batches(self, mine, count, length):
+        """`mine`, this rank's share of `count` rows of the global batch, in lists of at most --micro_batch rows: rows of like
+        length together, so that little is padded, and as many lists on every rank, so that they stay in step."""
+        parts = self.parts(count)
+        mine = sorted(mine, key=length) if parts > 1 else mine
+        return [mine[i * len(mine) // parts : (i + 1) * len(mine) // parts] for i in range(parts)]
 
     def parts(self, count):
         return -(-count // (self.size * self.how.micro_batch)) if self.how.micro_batch else 1
@@ -281,14 +285,23 @@ class Ranks:
 
     @contextlib.contextmanager
     def sampling(self, model):
-        """Inside, model.hidden and model.unembed may be called by themselves (see model.generate). Yields the function by
-        which ranks ask each other whether any of them has rows left: those that share weights must go on together."""
+        """Inside, model.hidden and model.unembed may be called by themselves. Yields `anyone` for model.generate: ranks that
+        share weights must go on together."""
         if not isinstance(model, FSDPModule):
-            yield int
+            yield None
             return
         model.unshard()  # the embeddings and the last norm; blocks are gathered as they are called
         yield lambda left: self.sum(left)[0]
         model.reshard()
+
+
+def keep_freed_memory():
+    """Linux's malloc returns large blocks to the kernel as soon as they are free, and the next tensor of that size waits for
+    new, zeroed pages: a quarter of a step at 124M parameters."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        never_trim, never_map = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        for parameter, value in (never_trim, never_map):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def seed_of(seed, purpose, step=0):

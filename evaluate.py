@@ -26,7 +26,7 @@ from common import Machine, Ranks, UserError
 from data import download, pairs, readers
 from data.tinyworld import labelers, web
 from data.tokenizer import Tokenizer
-from model import GPT, ScalarModel, gather_logprobs, generate
+from model import GPT, ScalarModel, generate
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def choose(model, tasks, tokenizer, device):
     for first in range(0, len(rows), 256):
         chosen = rows[first : first + 256]
         tokens, where = readers.batch_of([row[:2] for row in chosen], tokenizer.end_of_text, device)
-        logprobs = gather_logprobs(model(tokens, where), tokens.roll(-1, dims=1)[where])  # (N,)
+        logprobs = model(tokens, where)  # (N,)
         for row, part in zip(chosen, logprobs.split([len(row[1]) for row in chosen])):
             scores[row[2]] = part.sum().item()
     return [max(range(len(task["choices"])), key=lambda c: scores[i, c]) for i, task in enumerate(tasks)]
@@ -160,7 +160,7 @@ def next_words(model, pages, tokenizer, device):
     batch = max(1, min(100, 2**28 // max(1, longest * tokenizer.vocab_size)))  # pages whose logits take a gigabyte at most
     for first in range(0, len(pages), batch):
         tokens, where = readers.batch_of(pages[first : first + batch], tokenizer.end_of_text, device)
-        right = model(tokens, where).argmax(-1) == tokens.roll(-1, dims=1)[where]  # (N,)
+        right = model.unembed(model.hidden(tokens)[where]).argmax(-1) == tokens.roll(-1, dims=1)[where]  # (N,)
         shares += [part.float().mean().item() for part in right.split(where.sum(1).tolist())]
     return shares
 

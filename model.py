@@ -8,15 +8,18 @@ Used by every stage; imports nothing of the project. Architecture: Radford et al
 section 2.1 (all attention layers dense). The paper's models are this network at 1.3B, 6B and 175B parameters
 (section 3.4 and C); its reward and value models have the unembedding replaced by a projection to one number.
 
-Shapes: B rows (episodes), T tokens, C width, H heads, D = C / H, V vocabulary, S slots in the KV cache.
+Shapes: B rows (episodes), T tokens, C width, H heads, D = C / H, V vocabulary, S slots in the KV cache, N positions whose
+next token counts.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import runpy
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,30 +61,78 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
+LOGITS = 2**23  # as many at a time, 32 MiB in float32
+
+
+def rounded(n, multiple):
+    """n rounded up. Processors like round sizes and, like compilers, plan anew for each that they haven't met."""
+    return -(-n // multiple) * multiple
+
+
+def onednn(x, weight, bias=None):
+    """x (..., I), weight (O, I) or packed, bias (O,) -> (..., O), on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """F.linear and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        x, flat = x.flatten(0, -2), grad.flatten(0, -2)  # (rows, I), (rows, O)
+        wide = len(weight) < weight.shape[1]  # the larger factor goes second: oneDNN packs it
+        to_weight = onednn(flat.t(), x.t()) if wide else onednn(x.t(), flat.t()).t()  # (O, I)
+        return onednn(grad, weight.t()), to_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x, weight, bias=None):
+    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O).
+
+    On a CPU PyTorch multiplies float32 by MKL, which leaves the widest instructions of an AMD processor unused; oneDNN is twice
+    as fast there. And for sampling it can read weights that were packed beforehand: another two to four times."""
+    packed = getattr(weight, "packed", None)
+    if packed is not None:
+        x = x.to(packed.dtype)
+        return onednn(x, packed, None if bias is None else bias.to(x.dtype))
+    large = x.numel() * len(weight) > 2**22  # below, what the call costs is more than what it brings
+    if (large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
+        return Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
 
-    def forward(self, x, cache=None, positions=None):
-        """x (B, T, C). Without `positions` every token attends to itself and those before it, and a `cache`
-        (2, B, H, S, D) is filled from slot 0. With `positions` (B,), T is 1: each row's token goes into its own
-        slot of the cache and attends to the slots up to it."""
+    def forward(self, x, cache=None, slot=0, mask=None):
+        """x (B, T, C); its keys and values go into the `cache` (2, B, H, S, D), where there is one, from `slot` on. Without
+        a `mask` every token attends to itself and those before it in x. With one, (B, 1, 1, S), T is 1: the token attends to
+        the slots up to its own to which the mask adds 0, not minus infinity."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if positions is None:
-            if cache is not None:
-                cache[0, :, :, :T], cache[1, :, :, :T] = k, v
+        if cache is not None:
+            cache[0, :, :, slot : slot + T], cache[1, :, :, slot : slot + T] = k, v
+        if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         else:
-            rows = torch.arange(B, device=x.device)
-            cache[0, rows, :, positions], cache[1, rows, :, positions] = k[:, :, 0], v[:, :, 0]
-            seen = torch.arange(cache.shape[3], device=x.device) <= positions[:, None]  # (B, S)
-            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=seen[:, None, None])  # (B, H, 1, D)
+            k, v = cache[:, :, :, : slot + 1]  # each (B, H, slot + 1, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[..., : slot + 1])  # (B, H, 1, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -94,14 +145,14 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width),
+            Linear(config.width, 4 * config.width),
             nn.GELU(approximate="tanh"),
-            nn.Linear(4 * config.width, config.width),
+            Linear(4 * config.width, config.width),
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, positions=None):
-        x = x + self.dropout(self.attention(self.norm1(x), cache, positions))
+    def forward(self, x, cache=None, slot=0, mask=None):
+        x = x + self.dropout(self.attention(self.norm1(x), cache, slot, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -136,34 +187,56 @@ class Trunk(nn.Module):
         self.positions = nn.Embedding.from_pretrained(positions, freeze=False)
         self.config = dataclasses.replace(self.config, context=context)
 
-    def hidden(self, tokens, cache=None, positions=None):
+    def hidden(self, tokens, cache=None, slot=0, positions=None, mask=None):
         """tokens (B, T) -> final normalised hidden states (B, T, C).
 
         Rows of unequal length are padded at the end: attention looks back only, so what stands behind a row's last
-        token changes nothing before it. `cache` (layers, 2, B, H, S, D) and `positions` (B,): see Attention."""
+        token changes nothing before it. To go on from a `cache` (layers, 2, B, H, S, D), give one token a row, the `slot`
+        that its key and value take, its positions (B,), and the `mask` of Attention."""
         B, T = tokens.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
-        where = torch.arange(T, device=tokens.device) if positions is None else positions[:, None]
+        if cache is None:
+            tokens = F.pad(tokens, (0, min(rounded(T, 8), self.config.context) - T))
+        where = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions[:, None]
         x = self.tokens(tokens) + self.positions(where)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():  # only x is kept for the backward pass
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, None if cache is None else cache[i], positions)
-        return self.norm(x)
+                x = block(x, None if cache is None else cache[i], slot, mask)
+        return self.norm(x)[:, :T]
 
 
 class GPT(Trunk):
     def unembed(self, hidden):
         """hidden (..., C) -> logits (..., V), by the transposed token embedding."""
-        return F.linear(hidden, self.tokens.weight)
+        return linear(hidden, self.tokens.weight)
 
-    def forward(self, tokens, where=None):
-        """tokens (B, T) -> logits (B, T, V), for the token that follows each; with a mask `where` (B, T) of the N
-        positions that matter, logits (N, V) of those alone, in reading order."""
+    def forward(self, tokens, where=None, temperature=1.0):
+        """tokens (B, T) -> logits (B, T, V). With a mask `where` (B, T) of the N positions that matter: the
+        log-probabilities (N,) of the tokens that follow them, in reading order."""
         hidden = self.hidden(tokens)
-        return self.unembed(hidden if where is None else hidden[where])
+        if where is None:
+            return self.unembed(hidden)
+        at = where.flatten().nonzero().squeeze(1)  # (N,)
+        padded = F.pad(at, (0, rounded(len(at), 64) - len(at)))
+        hidden, targets = hidden.flatten(0, 1)[padded], tokens.roll(-1, dims=1).flatten()[padded]
+        return self.logprobs(hidden, targets, temperature)[: len(at)]
+
+    def logprobs(self, hidden, targets, temperature=1.0):
+        """log softmax(logits / temperature) at the targets: hidden (N, C), targets (N,) -> (N,) float32 or wider.
+
+        Logits are the largest thing there is, so there are never more than LOGITS of them: where a piece at a time is
+        needed, its logits are let go and computed again in the backward pass."""
+        def score(hidden, targets):
+            return gather_logprobs(self.unembed(hidden / temperature), targets)
+
+        size = max(1, LOGITS // self.config.vocab_size)
+        if len(hidden) <= size:
+            return score(hidden, targets)
+        return torch.cat([checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
+                          for piece in zip(hidden.split(size), targets.split(size))])
 
     @classmethod
     def from_gpt2(cls, path, dropout=0.0):
@@ -224,7 +297,8 @@ def token_logprobs(logits, tokens):
 def gather_logprobs(logits, targets):
     """logits (..., V), targets (...) -> log softmax(logits) at the targets (...), in float32 or wider."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")  # in one go: less memory and time
+    return -losses.view(targets.shape)
 
 
 def pick(logits, uniforms, temperature):
@@ -237,55 +311,93 @@ def pick(logits, uniforms, temperature):
     return chosen.clamp_(max=logits.shape[-1] - 1)
 
 
+@contextlib.contextmanager
+def packed(model):
+    """Sampling on a CPU takes as long as it takes to read the weights, once a token. Inside this context there is a copy of
+    them in the order that oneDNN reads fastest and, under autocast, already in its precision: see `linear`."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.tokens.weight.dtype
+    weights = []
+    if model.tokens.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        weights = [model.tokens.weight, *(module.weight for module in model.modules() if isinstance(module, Linear))]
+    for weight in weights:
+        weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            del weight.packed
+
+
+def read_prompts(model, prompts, cache, together):
+    """Fill the cache from prompts in order of length, `together` of them at a time; equal ones stand side by side and are
+    read once. -> the hidden state of each one's last token (B, C)."""
+    counts, device = Counter(map(tuple, prompts)), cache.device
+    distinct, row, last = list(counts), 0, []
+    for i in range(0, len(distinct), together):
+        some = distinct[i : i + together]
+        copies = torch.tensor([counts[prompt] for prompt in some], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in some], device=device)
+        T = min(rounded(len(some[-1]), 8), len(prompts[-1]))
+        tokens = torch.tensor([[*prompt] + [0] * (T - len(prompt)) for prompt in some], device=device)  # padded at the end
+        part = torch.empty_like(cache[:, :, : len(some), :, :T])
+        hidden = model.hidden(tokens, part)[torch.arange(len(some), device=device), lengths - 1]  # (some, C)
+        last.append(hidden.repeat_interleave(copies, dim=0))
+        cache[:, :, row : row + len(last[-1]), :, :T] = part.repeat_interleave(copies, dim=2)
+        row += len(last[-1])
+    return torch.cat(last)
+
+
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, anyone=int):
+def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, anyone=None):
     """Sample a response to each prompt, with a KV cache.
 
     prompts: B lists of token ids, of any lengths from 1; equal ones are read once, however often they occur.
     uniforms: (B, max_new_tokens) numbers in [0, 1) that decide every choice, so the same numbers give the same text.
-    anyone: asked after each token with how many rows are left here; 0 ends the sampling. Processes that share one model's
-    weights must go on together, so theirs counts the rows of all.
+    anyone: where processes share one model's weights, they must go on together: asked with how many rows are left here,
+    it says how many there are in all.
     Returns B lists of token ids, each ended by the end-of-text token or, if that never came, cut after
     max_new_tokens. Raises ValueError where a prompt is empty or leaves no room in the context.
     """
-    device, end, S = model.tokens.weight.device, model.config.end_of_text, max(map(len, prompts)) + max_new_tokens
+    device, config, P = model.tokens.weight.device, model.config, max(map(len, prompts))
+    S = P + max_new_tokens  # slots: the prompt's, padded at its end, and then the response's
     if min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens")
-    if S > model.config.context:
-        raise ValueError(f"{S - max_new_tokens} tokens of prompt and {max_new_tokens} of response do not fit the "
-                         f"context of {model.config.context}")
-    training, heads = model.training, model.config.heads
+    if S > config.context:
+        raise ValueError(f"{P} tokens of prompt and {max_new_tokens} of response do not fit the context of {config.context}")
+    training, every = model.training, 1 if device.type == "cpu" else 8  # tokens; to ask a GPU is to wait for it
     model.eval()
-    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    tokens = torch.full((len(distinct), S - max_new_tokens), end, device=device)
-    for prompt, i in distinct.items():
-        tokens[i, : len(prompt)] = torch.tensor(prompt, device=device)
-    which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)  # (B,)
-    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,), of the next token
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # little padding, equal ones together
+    rows = torch.tensor(order, device=device)  # (B,), which prompts are still in the batch
+    positions = torch.tensor([len(prompts[i]) for i in order], device=device)  # (B,), of the next token
     autocast = torch.is_autocast_enabled(device.type)
-    cache = torch.zeros(model.config.layers, 2, len(distinct), heads, S, model.config.width // heads, device=device,
-                        dtype=torch.get_autocast_dtype(device.type) if autocast else model.tokens.weight.dtype)
-    last = model.hidden(tokens, cache)[which, positions - 1]  # (B, C)
-    cache = cache[:, :, which]  # (layers, 2, B, H, S, D)
-
-    rows = torch.arange(len(prompts), device=device)  # which prompts are still in the batch
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.tokens.weight.dtype
+    cache = torch.zeros(config.layers, 2, len(prompts), config.heads, S, config.width // config.heads, device=device,
+                        dtype=dtype)
+    slots = torch.arange(S, device=device)
+    mask = torch.zeros(len(prompts), 1, 1, S, device=device, dtype=dtype)  # no row looks at the padding of its prompt
+    mask[:, 0, 0].masked_fill_((slots >= positions[:, None]) & (slots < P), -math.inf)
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     responses = torch.full((len(prompts), max_new_tokens), -1, device=device)
     uniforms = uniforms.to(device)
-    longest = S - max_new_tokens
-    for t in range(max_new_tokens):
-        token = pick(model.unembed(last), uniforms[rows, t], temperature)  # (rows,)
-        responses[rows, t] = torch.where(running, token, -1)
-        running = running & (token != end)
-        left = int(running.sum())
-        if anyone(left) == 0 or t + 1 == max_new_tokens:
-            break
-        if 0 < left <= len(rows) // 2:  # finished rows leave the batch; the copy costs less than carrying half for nothing
-            rows, token, positions, cache = rows[running], token[running], positions[running], cache[:, :, running]
-            running = running[running]
-        longest += 1
-        last = model.hidden(token[:, None], cache[..., :longest, :], positions)[:, 0]  # (rows, C)
-        positions = positions + 1
+    with contextlib.nullcontext() if anyone else packed(model):
+        last = read_prompts(model, [prompts[i] for i in order], cache, len(prompts) if anyone else 16)  # (B, C)
+        for t in range(max_new_tokens):
+            token = pick(model.unembed(last), uniforms[rows, t], temperature)  # (rows,)
+            responses[rows, t] = torch.where(running, token, -1)
+            running = running & (token != config.end_of_text)
+            if t + 1 == max_new_tokens:
+                break
+            if t % every == every - 1:
+                left = int(running.sum())
+                if (anyone(left) if anyone else left) == 0:
+                    break
+                if 0 < rounded(left, 16) <= len(rows) // 2:  # finished rows leave: a copy, but half is carried for nothing
+                    kept = running.argsort(descending=True)[: rounded(left, 16)]
+                    rows, token, positions, running = rows[kept], token[kept], positions[kept], running[kept]
+                    mask, cache = mask[kept], cache[:, :, kept]
+            last = model.hidden(token[:, None], cache, P + t, positions, mask)[:, 0]  # (rows, C)
+            positions = positions + 1
     model.train(training)
     return [[token for token in row if token >= 0] for row in responses.tolist()]
 

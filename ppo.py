@@ -28,7 +28,7 @@ import common
 from common import Machine, Ranks, Run, UserError
 from data import readers
 from data.tokenizer import Tokenizer
-from model import GPT, ScalarModel, gather_logprobs, generate
+from model import GPT, ScalarModel, generate
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,6 @@ class Episodes:
     values: torch.Tensor = None  # (B, R) of the text before each response token
     scores: torch.Tensor = None  # (B,) the reward model's, less the penalty where truncated
     cut: torch.Tensor = None  # (B,) which were truncated
-    entropy: torch.Tensor = None  # (B, R) of the policy's next-token distribution
     advantages: torch.Tensor = None  # (B, R) whitened over the global batch
     returns: torch.Tensor = None  # (B, R)
 
@@ -169,12 +168,8 @@ def by_response(flat, mask):
 
 
 def response_logprobs(model, episodes, temperature):
-    """Log-probability of each response token at the sampling temperature (B, R), and the entropies there (N,)."""
-    logits = model(episodes.tokens, episodes.where).float() / temperature  # (N, V)
-    targets = episodes.tokens.roll(-1, dims=1)[episodes.where]  # (N,)
-    with torch.no_grad():
-        entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)  # (N,)
-    return by_response(gather_logprobs(logits, targets), episodes.mask), entropy
+    """Log-probability of each response token at the sampling temperature -> (B, R)"""
+    return by_response(model(episodes.tokens, episodes.where, temperature), episodes.mask)
 
 
 def response_values(model, episodes):
@@ -226,7 +221,6 @@ def main(config):
     if ptx_rows:
         ranks.check_share(ptx_rows, "ptx_rows")
     minibatches = config.batch_size // config.minibatch_size
-    slices = ranks.micro_batches(config.minibatch_size)  # of this rank's rows of a minibatch
     if ranks.main:
         print(f"{config.iterations} iterations x {minibatches} minibatches x {config.minibatch_size} episodes + {ptx_rows} "
               f"rows of pretraining text; {len(prompts):,} prompts")
@@ -255,19 +249,17 @@ def main(config):
         mine, uniforms = draw_prompts(iteration)
         with ranks.autocast(), ranks.sampling(policy) as anyone:
             responses = generate(policy, mine, config.max_new_tokens, uniforms, config.temperature, anyone)
-        share = len(mine) // minibatches
-        parts = [slice(rows.start - slices[0].start, rows.stop - slices[0].start) for rows in slices]
-        return [[score(mine[i : i + share][rows], responses[i : i + share][rows]) for rows in parts]
+        pairs, share = list(zip(mine, responses)), len(mine) // minibatches
+        return [[score(part) for part in ranks.micro_batches(pairs[i : i + share], config.minibatch_size, readers.length)]
                 for i in range(0, len(mine), share)]
 
-    def score(prompts, responses):
-        e = make_episodes(prompts, responses, end, ranks.device)
+    def score(pairs):
+        e = make_episodes(*map(list, zip(*pairs)), end, ranks.device)
         with ranks.autocast():
-            e.logprobs, entropy = response_logprobs(policy, e, config.temperature)
-            e.ref_logprobs, _ = response_logprobs(reference, e, config.temperature)
+            e.logprobs = response_logprobs(policy, e, config.temperature)
+            e.ref_logprobs = response_logprobs(reference, e, config.temperature)
             e.values = response_values(value_model, e).float()
             e.scores, e.cut = reward_scores(reward_model, e, end, config.truncation_penalty)
-        e.entropy = by_response(entropy, e.mask)
         return e
 
     def estimate_advantages(batch):
@@ -286,19 +278,19 @@ def main(config):
         for i, e in enumerate(minibatch):
             with ranks.adding(ddp_policy, ptx_rows or i + 1 < len(minibatch)):
                 with ranks.autocast():
-                    logprobs, _ = response_logprobs(ddp_policy, e, config.temperature)
+                    logprobs = response_logprobs(ddp_policy, e, config.temperature)
                 loss, diagnostics = policy_loss(logprobs, e.logprobs, e.advantages, e.mask, config.clip, count)
                 ranks.backward(loss)
             sums.update({"policy_loss": loss.item()} | {name: x.item() for name, x in diagnostics.items()})
         if ptx_rows:
             rows = text.pairs(text.draw(ptx_rows, config.seed, step))
-            mine = [readers.batch_of(rows[part], end, ranks.device) for part in ranks.micro_batches(ptx_rows)]
+            mine = ranks.micro_batches(rows[ranks.rows(ptx_rows)], ptx_rows, readers.length)
+            mine = [readers.batch_of(part, end, ranks.device) for part in mine]
             (targets,) = ranks.sum(sum(where.sum() for _, where in mine))
             for i, (tokens, where) in enumerate(mine):
                 with ranks.adding(ddp_policy, i + 1 < len(mine)):
                     with ranks.autocast():
-                        logits = ddp_policy(tokens, where)  # (N, V)
-                    loss = -gather_logprobs(logits, tokens.roll(-1, dims=1)[where]).sum() / targets
+                        loss = -ddp_policy(tokens, where).sum() / targets
                     ranks.backward(config.ptx_coef * loss)
                 ptx_loss += loss.item()
             (ptx_loss,) = ranks.sum(ptx_loss)
@@ -348,14 +340,14 @@ def main(config):
 
 def summarize(batch, sums, minibatches, ranks):
     """Means over the global batch: scores and lengths an episode, KL summed over an episode's tokens, the rest a
-    token."""
+    token. The entropy is estimated as the KL is, by the samples: the mean of -log p."""
     def cat(f):
         return torch.cat([f(e) for e in batch])
     mask = [e.mask for e in batch]
     returns, errors = cat(lambda e: e.returns[e.mask]), cat(lambda e: (e.returns - e.values)[e.mask])
     episodes, tokens, score, kl, entropy, cut, returned, ratio, clipped, policy, value = ranks.sum(
         sum(len(m) for m in mask), sum(m.sum() for m in mask), cat(lambda e: e.scores).sum(),
-        cat(lambda e: (e.logprobs - e.ref_logprobs)[e.mask]).sum(), cat(lambda e: e.entropy[e.mask]).sum(),
+        cat(lambda e: (e.logprobs - e.ref_logprobs)[e.mask]).sum(), -cat(lambda e: e.logprobs[e.mask]).sum(),
         cat(lambda e: e.cut).sum(), returns.sum(), sums["ratio"], sums["clipped"], sums["policy_loss"], sums["value_loss"])
     spread, error_mean = ranks.sum(((returns - returned / tokens) ** 2).sum(), errors.sum())
     (error_spread,) = ranks.sum(((errors - error_mean / tokens) ** 2).sum())

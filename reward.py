@@ -153,16 +153,16 @@ def main(config):
         order = torch.randperm(len(train), generator=common.generator(config.seed, "reward epoch", epoch))
         chosen = [train[j] for j in order[i * config.batch_size : (i + 1) * config.batch_size].tolist()]
         mine = chosen[ranks.rows(len(chosen))]
+        parts = ranks.micro_batches(mine, len(chosen), lambda comparison: max(map(readers.length, comparison[0])))
         (prompts,) = ranks.sum(sum((order[:, None] < order).any() for _, order, _ in mine))  # those not all tied
         loss_sum, pairs, right = 0.0, 0, 0
-        parts = ranks.micro_batches(len(chosen))
-        for i, rows in enumerate(parts):
+        for i, part in enumerate(parts):
             with ranks.adding(wrapped, i + 1 < len(parts)):
                 with ranks.autocast():
-                    episodes = [e for episodes, _, _ in chosen[rows] for e in episodes]
+                    episodes = [e for episodes, _, _ in part for e in episodes]
                     scores = last_scores(wrapped, episodes, end, ranks.device)  # (B,)
-                by_prompt = scores.split([len(episodes) for episodes, _, _ in chosen[rows]])  # P tensors (K,)
-                results = [ranking_loss(part, order.to(ranks.device)) for part, (_, order, _) in zip(by_prompt, chosen[rows])]
+                by_prompt = scores.split([len(episodes) for episodes, _, _ in part])  # P tensors (K,)
+                results = [ranking_loss(rewards, order.to(ranks.device)) for rewards, (_, order, _) in zip(by_prompt, part)]
                 loss = torch.stack([loss for loss, _, _ in results]).sum()
                 ranks.backward(loss / max(1, prompts))  # a prompt counts once, however many pairs it has (equation 1)
             loss_sum += loss.item()

@@ -20,7 +20,7 @@ import common
 from common import Machine, Ranks, Run, UserError
 from data import download, readers
 from data.tokenizer import Tokenizer
-from model import GPT, PRESETS, GPTConfig, gather_logprobs, generate
+from model import GPT, PRESETS, GPTConfig, generate
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def masked_loss(model, tokens, mask):
 
     tokens (B, T); mask (B, T) marks the N positions whose next token is a target: those of the response, the end of
     text included, never the prompt's (section 3.4). Only they get logits, so no (B, T, V) tensor exists."""
-    targets = tokens.roll(-1, dims=1)[mask]  # (N,)
-    logits = model(tokens, mask)  # (N, V)
-    return -gather_logprobs(logits, targets).sum(), targets.numel()
+    logprobs = model(tokens, mask)  # (N,)
+    return -logprobs.sum(), logprobs.numel()
 
 
 @torch.no_grad()
@@ -73,7 +72,7 @@ def validation_loss(model, pairs, config, end, ranks):
     """Mean loss a target over all (context, target) pairs, dropout off."""
     model.eval()
     total = count = 0
-    ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    ordered = sorted(pairs, key=readers.length)
     for share, counts in ranks.shares(ordered, config.micro_batch or config.batch_size):
         tokens, mask = readers.batch_of(share, end, ranks.device)
         with ranks.autocast():
@@ -153,7 +152,8 @@ def main(config):
     progress = common.bar(ranks, steps, start, config.out)
     for step in progress:
         pairs = batch(step)
-        mine = [readers.batch_of(pairs[rows], end, ranks.device) for rows in ranks.micro_batches(len(pairs))]
+        mine = ranks.micro_batches(pairs[ranks.rows(len(pairs))], len(pairs), readers.length)
+        mine = [readers.batch_of(part, end, ranks.device) for part in mine]
         (targets,) = ranks.sum(sum(mask.sum() for _, mask in mine))
         torch.manual_seed(common.seed_of(config.seed, "dropout", step * ranks.size + ranks.rank))
         loss_sum = 0.0

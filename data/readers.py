@@ -117,6 +117,11 @@ def episode(prompt, response, tokenizer):
     return tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.end_of_text]
 
 
+def length(pair):
+    """Tokens of an episode, or of any (context ids, target ids)."""
+    return len(pair[0]) + len(pair[1])
+
+
 def pad(rows, value, device=None, dtype=torch.long):
     """Rows of unequal length -> (B, T), padded at the end: pad([[5, 6], [7]], 0) = [[5, 6], [7, 0]]."""
     table = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)

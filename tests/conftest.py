@@ -58,9 +58,18 @@ class Bigram(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Parameter(torch.as_tensor(table))
 
-    def forward(self, tokens, where=None):
-        logits = self.table[tokens]  # (B, T, V)
-        return logits if where is None else logits[where]
+    def hidden(self, tokens):
+        return self.table[tokens]  # (B, T, V)
+
+    def unembed(self, hidden):
+        return hidden
+
+    def forward(self, tokens, where=None, temperature=1.0):
+        logits = self.hidden(tokens)
+        if where is None:
+            return logits
+        logprobs = (logits / temperature).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+        return logprobs[where[:, :-1]]
 
 
 def share_of_a():

@@ -318,3 +318,15 @@ def test_a_checkpoint_says_what_the_next_stage_must_know(letters):
     checkpoint = common.load_checkpoint(letters.out / "model.pt", "make sft")
     assert set(checkpoint) >= {"model", "model_config", "config", "data", "tokenizer"}
     assert checkpoint["model_config"]["width"] == 16
+
+
+def test_micro_batches_hold_rows_of_like_length_and_every_rank_has_as_many(monkeypatch):
+    rows = ["aaaa", "b", "ccc", "dd", "eeeee", "f", "gg"]  # of 14 in all, on two ranks
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(common.dist, "is_initialized", lambda: True)
+        ranks = Ranks(Machine(device="cpu", micro_batch=3))
+        assert ranks.micro_batches(rows, 14, len) == [["b", "f"], ["dd", "gg"], ["ccc", "aaaa", "eeeee"]]
+        ranks = Ranks(Machine(device="cpu"))
+        assert ranks.micro_batches(rows, 14, len) == [rows]

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from tqdm import tqdm
 
 import common
+import model as model_module
 import ppo
 import reward
 import sft
@@ -679,7 +680,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_last_one_and_the_run_goes_on
 def test_16_bits_change_the_numbers_by_rounding_only_and_losses_stay_in_float32(letters, stage, precision, monkeypatch):
     seen = set()
     for module, name in ((ppo, "policy_loss"), (ppo, "value_loss"), (reward, "ranking_loss"), (sft, "masked_loss"),
-                         (ppo, "gather_logprobs")):
+                         (model_module, "gather_logprobs")):
         def watched(*rest, original=getattr(module, name), name=name):
             result = original(*rest)
             first = result[0] if isinstance(result, tuple) else result

@@ -8,7 +8,8 @@ import torch
 
 import model as model_module
 from conftest import random_gpt
-from model import GPT, PRESETS, GPTConfig, ScalarModel, gather_logprobs, generate, pick, token_logprobs
+from model import (GPT, PRESETS, GPTConfig, ScalarModel, gather_logprobs, generate, linear, packed, pick,
+                   token_logprobs)
 
 END = 8
 
@@ -99,12 +100,67 @@ def test_the_future_has_no_influence_on_the_past():
     assert torch.equal(a[:2], b[:2]) and not torch.allclose(a[2], b[2])
 
 
-def test_logits_where_a_mask_says_are_those_of_all_in_reading_order():
+@pytest.mark.parametrize("at_once", [2**25, 18])  # all logits, and those of two positions
+def test_logprobs_where_a_mask_says_are_those_of_the_tokens_that_follow(at_once, monkeypatch):  # pitfall 3
+    monkeypatch.setattr(model_module, "LOGITS", at_once)
     model = random_gpt(dtype=torch.float64)
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    where = torch.tensor([[False, True, True], [True, False, False]])
-    logits = model(tokens)
-    torch.testing.assert_close(model(tokens, where), torch.stack([logits[0, 1], logits[0, 2], logits[1, 0]]))
+    where = torch.tensor([[True, True, False], [True, False, False]])
+    logits = model(tokens) / 0.7
+    expected = torch.stack([logits[0, 0].log_softmax(-1)[2], logits[0, 1].log_softmax(-1)[3], logits[1, 0].log_softmax(-1)[5]])
+    expected.dot(torch.tensor([1.0, 2.0, 3.0]).double()).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logprobs = model(tokens, where, 0.7)
+    torch.testing.assert_close(logprobs, expected)
+    logprobs.dot(torch.tensor([1.0, 2.0, 3.0]).double()).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
+
+
+def test_there_are_never_more_logits_than_allowed(monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS", 18)
+    model, sizes = random_gpt(), []
+    unembed = model.unembed
+    monkeypatch.setattr(model, "unembed", lambda hidden: sizes.append(hidden.shape[0] * 9) or unembed(hidden))
+    model(torch.randint(9, (3, 7)), torch.ones(3, 7, dtype=torch.bool)).sum().backward()
+    assert max(sizes) == 18 and sum(sizes) == 2 * 64 * 9  # 21 and their padding: once forward, once more backward
+
+
+def test_float32_products_by_onednn_are_those_of_float64():
+    """Sizes above and below from which it is used, with and without a bias, and their gradients."""
+    torch.manual_seed(0)
+    for rows, inputs, outputs, bias in ((300, 256, 512, True), (300, 256, 512, False), (3, 4, 5, True)):
+        x, w, b = torch.randn(2, rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs) if bias else None
+        narrow = [t.clone().requires_grad_() for t in (x, w, b) if t is not None]
+        wide = [t.double().requires_grad_() for t in (x, w, b) if t is not None]
+        g = torch.randn(2, rows, outputs)
+        a, c = linear(*narrow), torch.nn.functional.linear(*wide)
+        assert a.dtype == torch.float32 and a.layout == torch.strided
+        torch.testing.assert_close(a, c.float(), rtol=1e-4, atol=1e-3)
+        a.backward(g)
+        c.backward(g.double())
+        torch.testing.assert_close([t.grad for t in narrow], [t.grad.float() for t in wide], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_packed_weights_give_the_logits_of_plain_ones_and_are_gone_afterwards(dtype, bound):
+    model, tokens = random_gpt(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        plain = model(tokens).float()
+        with packed(model):
+            assert hasattr(model.tokens.weight, "packed")
+            torch.testing.assert_close(model(tokens).float(), plain, rtol=0, atol=bound)
+    assert not any(hasattr(p, "packed") for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_update_is_seen_by_the_next_sampling():
+    model, uniforms = random_gpt(), torch.zeros(1, 1)
+    generate(model, [[1]], 1, uniforms, 0)
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias.copy_(model.tokens.weight[7] * 100)
+    assert generate(model, [[1]], 1, uniforms, 0) == [[7]]
 
 
 def test_a_text_longer_than_the_context_is_refused():

@@ -1,0 +1,438 @@
+"""Speed and memory beside the peers, transformers and TRL, and beside the machine's own limit.
+
+    make bench                                      # all of it
+    .venv/bin/python tests/bench.py sft ppo         # some rows of it
+
+Ours and theirs run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be
+equal is compared before anything is timed. Medians; a ratio is the median of the ratios of neighbouring runs. Where a
+stage is measured, it is the stage's own main(), and TRL's own train(). Peak memory is that of a fresh process each, less what
+it held after its imports.
+"""
+
+import contextlib
+import functools
+import gc
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
+warnings.filterwarnings("ignore")
+
+import torch
+import torch.nn.functional as F
+import transformers
+import trl
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+import common
+import ppo
+import reward
+import sft
+from data import readers
+from data.tokenizer import END, Tokenizer
+from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, token_logprobs
+
+disable_progress_bar()
+logging.disable(logging.WARNING)
+VOCABULARY = 50257
+
+
+# ---------------------------------------------------------------- measuring
+
+def seconds(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def race(ours, theirs, rounds):
+    """ours and theirs return seconds a step -> the median of each, and of the ratios theirs / ours, round by round."""
+    ours(), theirs()
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(
+        b / a for a, b in pairs)
+
+
+def limits():
+    """-> {precision: matrix products, in FLOP/s} by the faster of MKL and oneDNN, and memory's bytes/s, read and written."""
+    def best(work, n=7):
+        work()
+        return statistics.median(seconds(work) for _ in range(n))
+
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, 2048, 2048).to(dtype)
+        m = a.to_mkldnn()
+        rates[dtype] = 2 * 2048**3 / min(best(lambda: a @ b), best(lambda: F.linear(m, b)))
+    x = torch.randn(2**26)
+    y = torch.empty_like(x)
+    return rates, 2 * x.nbytes / best(lambda: y.copy_(x))
+
+
+class Enough(Exception):
+    pass
+
+
+def steps_of(main, config, steps):
+    """Mean seconds a step of a stage's own loop, without its set-up and first step."""
+    times = []
+
+    def log(run, step, **numbers):
+        times.append(time.perf_counter())
+        if len(times) > steps:
+            raise Enough
+    with mock.patch.object(common.Run, "log", log), contextlib.suppress(Enough), open(os.devnull, "w") as quiet, \
+            contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        main(config)
+    common.Interrupt.waiting = False
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.times = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.perf_counter())
+
+    @property
+    def mean(self):
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+
+def peak_memory(row, size, side, folder):
+    """Bytes that two steps of one side take at most, in a process of its own, above what its imports took."""
+    command = [sys.executable, __file__, "--peak", row, size, side, os.fspath(folder)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+# ---------------------------------------------------------------- models and data
+
+def shape(size):
+    return GPTConfig(vocab_size=VOCABULARY, **PRESETS[size])
+
+
+@functools.cache
+def weights(size, kind=GPT):
+    torch.manual_seed(0)
+    return kind(shape(size)).state_dict()
+
+
+def model_of(size, kind=GPT):
+    model = kind(shape(size))
+    model.load_state_dict(weights(size, kind))
+    return model
+
+
+def peer_of(model, kind, folder):
+    """The same weights, in transformers' model."""
+    model.save_gpt2(folder / "exported")
+    return kind.from_pretrained(folder / "exported")
+
+
+@functools.cache
+def tokenizer():
+    """As many tokens as GPT-2's, which would have to be downloaded. A space and two letters are one."""
+    letters = [bytes([a]) for a in b"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [bytes([i]) for i in range(256)] + [b" " + a for a in letters] + [b" " + a + b for a in letters for b in letters]
+    high = [bytes([i]) for i in range(128, 256)]
+    tokens += [a + b for a in high for b in high] + [a + b + c for a in high[:3] for b in high for c in high]
+    return Tokenizer("bench", tokens[: VOCABULARY - 1])
+
+
+def peer_tokenizer(folder, padding):
+    tokenizer().save_gpt2(folder / "exported", 1024, padding)
+    return AutoTokenizer.from_pretrained(folder / "exported", **{} if padding else {"pad_token": END})
+
+
+def text(tokens, rng):
+    return "".join(" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2)) for _ in range(tokens))
+
+
+def write_dataset(folder, rows=256):
+    """Prompts of 16 to 64 tokens, responses of 8 to 192, rankings of K = 9."""
+    rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
+    folder.mkdir()
+    tokenizer().save(folder)
+    prompts = [text(rng.randint(16, 64), rng) for _ in range(rows)]
+    readers.write_jsonl(folder / "prompts.train.jsonl", [{"prompt": p, **one} for p in prompts])
+    for split in ("train", "valid"):
+        readers.write_jsonl(folder / f"demonstrations.{split}.jsonl", [
+            {"prompt": p, "response": text(rng.randint(8, 192), rng), **one} for p in prompts])
+        readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
+            {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(9)],
+             "ranks": rng.sample(range(1, 10), 9), **one} for p in prompts[:96]])
+    return folder
+
+
+def mixed_prompts(count, shortest, longest):
+    rng = random.Random(0)
+    return [[rng.randrange(VOCABULARY - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+
+
+# ---------------------------------------------------------------- the rows
+
+def sampling(size, prompts, new, folder):
+    model = model_of(size).eval()
+    peer = peer_of(model, GPT2LMHeadModel, folder).eval()
+    end, longest = model.config.end_of_text, max(map(len, prompts))
+    ids = torch.tensor([[end] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(0))
+
+    def theirs(**how):
+        with torch.no_grad():
+            return peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, pad_token_id=end, **how)[:, longest:]
+
+    greedy = generate(model, prompts, new, uniforms, 0)
+    assert all(row.tolist()[: len(said)] == said for row, said in zip(theirs(do_sample=False), greedy))
+    a, b, ratio = race(lambda: seconds(lambda: generate(model, prompts, new, uniforms)),
+                       lambda: seconds(lambda: theirs(do_sample=True, top_k=0)), 5)
+    tokens = len(prompts) * new
+    return f"{tokens / a:,.0f} tokens/s", f"{tokens / b:,.0f} tokens/s", f"{ratio:.1f}×"
+
+
+def sampling_bf16(folder, bandwidth):
+    model = model_of("gpt2").eval()
+    prompts, new = mixed_prompts(8, 16, 64), 64
+    uniforms = torch.rand(8, new, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(model, prompts, new, uniforms)
+    run()
+    taken = statistics.median(seconds(run) for _ in range(5))
+    read = 2 * (sum(p.numel() for p in model.parameters()) - model.positions.weight.numel())  # the unembedding is read
+    return f"{8 * new / taken:,.0f} tokens/s", f"{8 * new / (new * read / bandwidth):,.0f} tokens/s", \
+        f"{new * read / bandwidth / taken:.0%}"
+
+
+def samples_of_one_prompt(folder):
+    model = model_of("gpt2").eval()
+    (prompt,) = mixed_prompts(1, 256, 256)
+    uniforms, read = torch.rand(9, 16, generator=torch.Generator().manual_seed(0)), []
+    hidden = model.hidden
+    with mock.patch.object(model, "hidden", lambda tokens, *rest: read.append(tokens.shape) or hidden(tokens, *rest)):
+        together = generate(model, [prompt] * 9, 16, uniforms)
+    assert read[0] == (1, 256) and all(T == 1 for _, T in read[1:])
+    assert together == [generate(model, [prompt], 16, uniforms[i : i + 1])[0] for i in range(9)]
+    a, b, ratio = race(lambda: seconds(lambda: generate(model, [prompt] * 9, 16, uniforms)),
+                       lambda: seconds(lambda: [generate(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)]), 3)
+    return f"{9 / a:.2f} samples/s", f"{9 / b:.2f} samples/s", f"{ratio:.1f}×"
+
+
+def sft_sides(size, folder, batch=16, steps=3):
+    data = folder / "data"
+    if not (folder / "sft.pt").exists():
+        common.save(folder / "sft.pt", checkpoint(size))
+    pairs = sft.load_demonstrations(sft.Config(data=data), "train", tokenizer(), shape(size).context)
+
+    def ours():
+        config = sft.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", dropout=0.0, pretrain_mix=0.0,
+                            batch_size=batch, lr=1e-5)
+        return steps_of(sft.main, config, steps)
+
+    def theirs():
+        dataset = Dataset.from_list([dict(input_ids=p + r, completion_mask=[0] * len(p) + [1] * len(r)) for p, r in pairs])
+        config = SFTConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=batch, max_steps=steps + 1,
+                           max_length=None, completion_only_loss=True, learning_rate=1e-5, **PLAIN)
+        clock = Clock()
+        SFTTrainer(peer_of(model_of(size), GPT2LMHeadModel, folder), config, train_dataset=dataset,
+                   processing_class=peer_tokenizer(folder, False), callbacks=[clock]).train()
+        return clock.mean
+
+    def check():
+        tokens, mask = readers.batch_of(pairs[:4], shape(size).end_of_text)
+        loss, count = sft.masked_loss(model_of(size).eval(), tokens, mask)
+        labels = torch.where(mask.roll(1, 1), tokens, -100)
+        peer = peer_of(model_of(size), GPT2LMHeadModel, folder).eval()
+        torch.testing.assert_close(loss / count, peer(tokens, labels=labels).loss, rtol=1e-4, atol=0)
+
+    return ours, theirs, check, sum(len(r) for _, r in pairs) / len(pairs) * batch, "tokens that count/s"
+
+
+# What both sides do without: gradients' checkpoints, bf16, dropout, logs and saves.
+PLAIN = dict(gradient_checkpointing=False, bf16=False, report_to="none", disable_tqdm=True, logging_strategy="no",
+             save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
+
+
+def checkpoint(size, kind=GPT):
+    return dict(model=weights(size, kind), model_config=vars(shape(size)), tokenizer=tokenizer().fingerprint)
+
+
+def reward_sides(size, folder, batch=4, steps=2):
+    data = folder / "data"
+    if not (folder / "sft.pt").exists():
+        common.save(folder / "sft.pt", checkpoint(size))
+    comparisons = reward.load_comparisons(reward.Config(data=data), "train", tokenizer(), shape(size).context)
+
+    def pairs(episodes, order):
+        rows = [p + r for p, r in episodes]
+        return [dict(chosen_ids=rows[i], rejected_ids=rows[j]) for i in range(9) for j in range(9) if order[i] < order[j]]
+
+    def ours():
+        config = reward.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", batch_size=batch, lr=1e-5)
+        return steps_of(reward.main, config, steps)
+
+    def theirs():
+        rows = [pair for episodes, order, _ in comparisons[: batch * (steps + 1)] for pair in pairs(episodes, order)]
+        config = RewardConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=36 * batch,
+                              max_steps=steps + 1, max_length=None, learning_rate=1e-5, **PLAIN)
+        clock = Clock()
+        RewardTrainer(peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder), config,
+                      train_dataset=Dataset.from_list(rows), processing_class=peer_tokenizer(folder, True), callbacks=[clock]).train()
+        return clock.mean
+
+    def check():
+        model, (episodes, order, _) = model_of(size, ScalarModel).eval(), comparisons[0]
+        peer = peer_of(model, GPT2ForSequenceClassification, folder).eval()
+        scores = readers.last_scores(model, episodes, shape(size).end_of_text, "cpu")
+        theirs = torch.cat([peer(torch.tensor([p + r])).logits[0] for p, r in episodes])
+        torch.testing.assert_close(scores, theirs, rtol=1e-3, atol=1e-4)
+        margins = torch.stack([theirs[i] - theirs[j] for i in range(9) for j in range(9) if order[i] < order[j]])
+        torch.testing.assert_close(reward.ranking_loss(scores, order)[0], -F.logsigmoid(margins).mean(), rtol=1e-3, atol=1e-4)
+
+    return ours, theirs, check, batch, "rankings/s"
+
+
+def ppo_sides(size, folder, batch=32, new=48, steps=2):
+    data = folder / "data"
+    for name, kind in (("sft", GPT), ("reward", ScalarModel)):
+        if not (folder / f"{name}.pt").exists():
+            common.save(folder / f"{name}.pt", checkpoint(size, kind))
+    prompts = [tokenizer().encode(r["prompt"]) for r in readers.read_jsonl(data / "prompts.train.jsonl", "prompts")]
+
+    def ours():
+        config = ppo.Config(data=data, out=tempfile.mkdtemp(dir=folder), policy=folder / "sft.pt", reward=folder / "reward.pt",
+                            iterations=steps + 1, batch_size=batch, minibatch_size=batch // 2, max_new_tokens=new, ptx_coef=0.0,
+                            lr=1e-6, value_lr=1e-6)
+        return steps_of(ppo.main, config, steps)
+
+    def theirs():
+        config = PPOConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=batch, num_mini_batches=2,
+                           num_ppo_epochs=1, total_episodes=(steps + 1) * batch, response_length=new, temperature=1.0,
+                           stop_token="eos", num_sample_generations=0, learning_rate=1e-6,
+                           local_rollout_forward_batch_size=batch, **PLAIN)
+        policy, clock = peer_of(model_of(size), GPT2LMHeadModel, folder), Clock()
+        scalar = lambda: peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder)
+        pad = peer_tokenizer(folder, True)
+        pad.padding_side = "left"
+        policy.resize_token_embeddings(VOCABULARY + 1)  # for the padding
+        trainer = PPOTrainer(config, pad, policy, None, scalar(), Dataset.from_dict({"input_ids": prompts}), scalar(),
+                             eval_dataset=Dataset.from_dict({"input_ids": prompts[:1]}), callbacks=[clock])
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            trainer.train()
+        return clock.mean
+
+    def check():
+        model = model_of(size).eval()
+        peer = peer_of(model, GPT2LMHeadModel, folder).eval()
+        tokens = torch.tensor([prompts[0]])
+        torch.testing.assert_close(token_logprobs(model(tokens), tokens), token_logprobs(peer(tokens).logits, tokens),
+                                   rtol=1e-4, atol=1e-4)
+
+    return ours, theirs, check, batch, "episodes/s"
+
+
+def pretraining(rates, folder):
+    model, rows = model_of("gpt2"), 4
+    tokens = torch.randint(VOCABULARY - 1, (rows, 1024), generator=torch.Generator().manual_seed(0))
+    optimizer, ranks = common.adam(model, 1e-5), common.Ranks()
+    where = torch.ones_like(tokens, dtype=torch.bool)
+    where[:, -1] = False
+    c = model.config
+    # 6 FLOP a parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
+    flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
+                              6 * c.layers * c.width * c.context)
+    result = {}
+    for dtype, rate in rates.items():
+        def step():
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                loss, count = sft.masked_loss(model, tokens, where)
+            (loss / count).backward()
+            common.update(optimizer, model, 1e-5, ranks)
+        step()
+        taken = statistics.median(seconds(step) for _ in range(3))
+        result[dtype] = tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate
+    return result
+
+
+SIDES = {"sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
+TARGETS = {"sft": "1.5×, half the memory", "reward": "4×", "ppo": "3×, half the memory"}
+PEERS = {"sft": "TRL SFTTrainer", "reward": "TRL RewardTrainer, 36 pairs a ranking", "ppo": "TRL PPOTrainer"}
+NAMES = {"sft": "SFT step, 16 padded demonstrations", "reward": "reward step, rankings of K = 9", "ppo":
+         "PPO iteration, 32 episodes of 48 tokens"}
+
+
+def main(wanted):
+    rates, bandwidth = limits()
+    print(f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
+          f"{transformers.__version__}, trl {trl.__version__}\nmatrix products {rates[torch.float32] / 1e9:.0f} GFLOP/s in "
+          f"float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16; copying {bandwidth / 1e9:.0f} GB/s, read and written\n")
+    print("| what | against | ours | theirs | ratio | target | our memory | theirs |\n|---|---|---|---|---|---|---|---|", flush=True)
+
+    def row(what, against, ours, theirs, ratio, target, memory=("", "")):
+        print("| " + " | ".join((what, against, ours, theirs, ratio, target, *memory)) + " |", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if "sampling" in wanted:
+            row("sampling, laptop, 64 prompts, 40 tokens", "transformers", *sampling("laptop", mixed_prompts(64, 16, 96), 40,
+                folder), "3×")
+            row("sampling, 124M, 8 prompts, 64 tokens", "transformers", *sampling("gpt2", mixed_prompts(8, 16, 64), 64, folder),
+                "2×")
+            row("the same, weights in bf16", "reading the weights once a token", *sampling_bf16(folder, bandwidth), "50%")
+            row("9 samples of a prompt of 256 tokens, 124M", "9 times one", *samples_of_one_prompt(folder), "prompt once")
+        for name in ("sft", "reward", "ppo"):
+            for size in (os.environ.get("SIZES","laptop gpt2").split()) if name in wanted else ():
+                place = folder / f"{name}-{size}"
+                place.mkdir()
+                write_dataset(place / "data")
+                ours, theirs, check, count, unit = SIDES[name](size, place)
+                check()
+                a, b, ratio = race(ours, theirs, 3)
+                gc.collect()
+                peaks = [peak_memory(name, size, side, place) for side in ("ours", "theirs")]
+                row(f"{NAMES[name]}, {size}", PEERS[name], f"{count / a:,.2f} {unit}", f"{count / b:,.2f}", f"{ratio:.1f}×",
+                    TARGETS[name], [f"{p / 2**30:.2f} GiB" for p in peaks])
+        if "pretraining" in wanted:
+            for dtype, (ours, limit, share) in pretraining(rates, folder).items():
+                row(f"pretraining step, 124M, 4 rows of 1024, {str(dtype)[6:]}", "matrix products alone",
+                    f"{ours:,.0f} tokens/s", f"{limit:,.0f} tokens/s", f"{share:.0%}", "70%")
+
+
+def cpu():
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        row, size, side, folder = sys.argv[2:]
+        before = status("VmRSS")
+        SIDES[row](size, Path(folder), steps=2)[side == "theirs"]()
+        print(status("VmHWM") - before)
+    else:
+        main(sys.argv[1:] or ["sampling", "sft", "reward", "ppo", "pretraining"])
