@@ -285,8 +285,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def sampling(self, model):
-        """Inside, model.hidden and model.unembed may be called by themselves. Yields `anyone` for model.generate: ranks that
-        share weights must go on together."""
+        """Inside, model.hidden and model.unembed may be called by themselves. Yields `anyone` for model.generate, where ranks
+        share weights and must go on together, else None."""
         if not isinstance(model, FSDPModule):
             yield None
             return

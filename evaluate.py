@@ -116,7 +116,7 @@ def choose(model, tasks, tokenizer, device):
     """The index of the choice of each task that is the likeliest continuation, by summed log-probability."""
     rows = [(tokenizer.encode(task["context"]), tokenizer.encode(choice), (i, c))
             for i, task in enumerate(tasks) for c, choice in enumerate(task["choices"])]
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of like length together: little padding
+    rows.sort(key=readers.length)  # rows of like length together: little padding
     scores = {}  # (task, choice) -> summed log-probability
     for first in range(0, len(rows), 256):
         chosen = rows[first : first + 256]
@@ -172,7 +172,7 @@ def score(model, records, responses, tokenizer, device):
     # Broken characters take more tokens read back than they took when sampled; what no longer fits is cut.
     episodes = [(prompt, said[: model.config.context - len(prompt)]) for prompt, said in episodes]
     result = [0.0] * len(episodes)
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i][0]) + len(episodes[i][1]))
+    order = sorted(range(len(episodes)), key=lambda i: readers.length(episodes[i]))
     for first in range(0, len(order), 128):
         chosen = order[first : first + 128]
         scores = readers.last_scores(model, [episodes[i] for i in chosen], tokenizer.end_of_text, device)

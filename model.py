@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -61,11 +62,12 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
-LOGITS = 2**23  # as many at a time, 32 MiB in float32
+LOGITS = 2**23  # at most so many at a time where log-probabilities are wanted: 32 MiB in float32
+ASK_EVERY = {"cpu": 1, "cuda": 8}  # tokens after which generate looks who is done; to ask a GPU is to wait for it
 
 
 def rounded(n, multiple):
-    """n rounded up. Processors like round sizes and, like compilers, plan anew for each that they haven't met."""
+    """n rounded up. Libraries and compilers prepare a kernel for each size they meet, so there should be few."""
     return -(-n // multiple) * multiple
 
 
@@ -83,9 +85,11 @@ class Product(torch.autograd.Function):
         return onednn(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        x, flat = x.flatten(0, -2), grad.flatten(0, -2)  # (rows, I), (rows, O)
+        grad = grad.contiguous()
+        x, flat = x.reshape(-1, x.shape[-1]), grad.view(-1, len(weight))  # (rows, I), (rows, O)
         wide = len(weight) < weight.shape[1]  # the larger factor goes second: oneDNN packs it
         to_weight = onednn(flat.t(), x.t()) if wide else onednn(x.t(), flat.t()).t()  # (O, I)
         return onednn(grad, weight.t()), to_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
@@ -96,13 +100,14 @@ def linear(x, weight, bias=None):
 
     On a CPU PyTorch multiplies float32 by MKL, which leaves the widest instructions of an AMD processor unused; oneDNN is twice
     as fast there. And for sampling it can read weights that were packed beforehand: another two to four times."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
     packed = getattr(weight, "packed", None)
     if packed is not None:
         x = x.to(packed.dtype)
         return onednn(x, packed, None if bias is None else bias.to(x.dtype))
-    large = x.numel() * len(weight) > 2**22  # below, what the call costs is more than what it brings
-    if (large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
+    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if single and x.numel() * len(weight) > 2**22:  # below, the call costs more than it brings
         return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -196,7 +201,7 @@ class Trunk(nn.Module):
         B, T = tokens.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
-        if cache is None:
+        if cache is None:  # prompts for a cache have lengths that leave room in it
             tokens = F.pad(tokens, (0, min(rounded(T, 8), self.config.context) - T))
         where = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions[:, None]
         x = self.tokens(tokens) + self.positions(where)  # (B, T, C)
@@ -215,7 +220,8 @@ class GPT(Trunk):
 
     def forward(self, tokens, where=None, temperature=1.0):
         """tokens (B, T) -> logits (B, T, V). With a mask `where` (B, T) of the N positions that matter: the
-        log-probabilities (N,) of the tokens that follow them, in reading order."""
+        log-probabilities (N,) of the tokens that follow them, in reading order. (Both in one method, since a model that is
+        spread over processes must be called by this one.)"""
         hidden = self.hidden(tokens)
         if where is None:
             return self.unembed(hidden)
@@ -227,12 +233,13 @@ class GPT(Trunk):
     def logprobs(self, hidden, targets, temperature=1.0):
         """log softmax(logits / temperature) at the targets: hidden (N, C), targets (N,) -> (N,) float32 or wider.
 
-        Logits are the largest thing there is, so there are never more than LOGITS of them: where a piece at a time is
-        needed, its logits are let go and computed again in the backward pass."""
+        Logits are the largest thing there is, so here there are never more than LOGITS of them: where it takes several
+        pieces, a piece's logits are let go and computed again in the backward pass."""
         def score(hidden, targets):
-            return gather_logprobs(self.unembed(hidden / temperature), targets)
+            return gather_logprobs(self.unembed(hidden / temperature), targets)  # dividing hidden: C numbers rather than V
 
-        size = max(1, LOGITS // self.config.vocab_size)
+        size = LOGITS // self.config.vocab_size
+        size = size // 64 * 64 or max(1, size)
         if len(hidden) <= size:
             return score(hidden, targets)
         return torch.cat([checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
@@ -320,13 +327,13 @@ def packed(model):
     if model.tokens.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
             dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         weights = [model.tokens.weight, *(module.weight for module in model.modules() if isinstance(module, Linear))]
-    for weight in weights:
-        weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
     try:
+        for weight in weights:
+            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
         yield
     finally:
         for weight in weights:
-            del weight.packed
+            vars(weight).pop("packed", None)
 
 
 def read_prompts(model, prompts, cache, together):
@@ -342,9 +349,11 @@ def read_prompts(model, prompts, cache, together):
         tokens = torch.tensor([[*prompt] + [0] * (T - len(prompt)) for prompt in some], device=device)  # padded at the end
         part = torch.empty_like(cache[:, :, : len(some), :, :T])
         hidden = model.hidden(tokens, part)[torch.arange(len(some), device=device), lengths - 1]  # (some, C)
-        last.append(hidden.repeat_interleave(copies, dim=0))
-        cache[:, :, row : row + len(last[-1]), :, :T] = part.repeat_interleave(copies, dim=2)
-        row += len(last[-1])
+        if len(some) < copies.sum():
+            hidden, part = hidden.repeat_interleave(copies, dim=0), part.repeat_interleave(copies, dim=2)
+        cache[:, :, row : row + len(hidden), :, :T] = part
+        row += len(hidden)
+        last.append(hidden)
     return torch.cat(last)
 
 
@@ -365,7 +374,7 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, anyone=N
         raise ValueError("a prompt has no tokens")
     if S > config.context:
         raise ValueError(f"{P} tokens of prompt and {max_new_tokens} of response do not fit the context of {config.context}")
-    training, every = model.training, 1 if device.type == "cpu" else 8  # tokens; to ask a GPU is to wait for it
+    training, every = model.training, ASK_EVERY[device.type]
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # little padding, equal ones together
     rows = torch.tensor(order, device=device)  # (B,), which prompts are still in the batch
@@ -392,7 +401,7 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, anyone=N
                 left = int(running.sum())
                 if (anyone(left) if anyone else left) == 0:
                     break
-                if 0 < rounded(left, 16) <= len(rows) // 2:  # finished rows leave: a copy, but half is carried for nothing
+                if 0 < rounded(left, 16) <= len(rows) // 2:  # finished rows leave, by sixteens; a copy costs less than they do
                     kept = running.argsort(descending=True)[: rounded(left, 16)]
                     rows, token, positions, running = rows[kept], token[kept], positions[kept], running[kept]
                     mask, cache = mask[kept], cache[:, :, kept]

@@ -12,7 +12,7 @@ import sys
 import torch
 
 import common
-from model import GPT, PRESETS, GPTConfig, ScalarModel
+from model import GPT, LOGITS, PRESETS, GPTConfig, ScalarModel
 
 GIB = 2**30
 
@@ -42,7 +42,7 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, recompu
     scalar, _ = parameters(ScalarModel, config)
     part = gpus if shard else 1
     rows, T = -(-batch // gpus), config.context
-    logits = micro_batch * T * config.vocab_size  # of a row of pretraining text: every position has a target
+    logits = min(micro_batch * T * config.vocab_size, LOGITS)  # of pretraining text every position has a target
     sizes = {
         "policy": 4 * whole / part,
         "value": 4 * scalar / part,
@@ -55,8 +55,8 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, recompu
         "working copies": (2 * block + whole - config.layers * block) * (width + 4) if shard else whole * width * (width < 4),
         "activations": activations(config, micro_batch * T, width, recompute) + logits * (width + 2 * 4),
     }
-    # Keys and values of every episode; twice, for the moment in which prompts are given out to their samples.
-    sizes["KV cache"] = 2 * 2 * config.layers * config.width * rows * T * width
+    # Keys and values of every episode; half of them twice when finished ones leave, all where sharding reads prompts at once.
+    sizes["KV cache"] = 2 * config.layers * config.width * rows * T * width * (2 if shard else 1.5)
     sizes["at most"] = sum(sizes.values()) - min(sizes["activations"], sizes["KV cache"])  # never at once
     return sizes
 

@@ -14,7 +14,7 @@ Departures from it: one reward and value model as large as the policy (the paper
 pretraining text as episodes (8 times as many; --ptx_rows); batches, rates and coefficients are those of the laptop.
 
 Shapes: B episodes of a minibatch, T tokens of prompt and response, R tokens of the longest response, N response tokens
-in all, V vocabulary. Tensors (B, R) hold response tokens from column 0, with a mask of those that are there.
+in all. Tensors (B, R) hold response tokens from column 0, with a mask of those that are there.
 """
 
 import copy
@@ -329,7 +329,7 @@ def main(config):
                              entropy=f"{numbers['entropy']:.2f}", length=f"{numbers['length']:.0f}")
         run.log(iteration, **numbers)
         if iteration % 10 == 0:
-            e = episodes[0]
+            e = episodes[len(episodes) // 2]
             kl = ((e.logprobs - e.ref_logprobs) * e.mask).sum(1)
             run.samples("\n".join(f"[{iteration}] score {e.scores[j]:.2f}, KL {kl[j]:.2f}: {tokenizer.decode(e.prompts[j])}|"
                                   f"{tokenizer.decode(e.responses[j])}" for j in range(min(2, len(e.prompts)))))

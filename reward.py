@@ -62,7 +62,7 @@ def load_comparisons(config, split, tokenizer, context):
     path, result = f"{config.data}/comparisons.{split}.jsonl", []
     for number, r in enumerate(readers.read_jsonl(path, "comparisons", "make comparisons"), 1):
         episodes = [readers.episode(r["prompt"], response, tokenizer) for response in r["responses"]]
-        longest = max(len(prompt) + len(response) for prompt, response in episodes)
+        longest = max(map(readers.length, episodes))
         if longest > context:
             raise UserError(f"{path}:{number}: {longest} tokens do not fit the context of {context}")
         result.append((episodes, torch.tensor(r["ranks"]), r["labeler"]))
@@ -99,7 +99,7 @@ def accuracy(counts, labelers):
 def load_demonstrations(path, tokenizer, context):
     """-> the episodes of the demonstrations that fit the context, at most 1,000."""
     episodes = [readers.episode(r["prompt"], r["response"], tokenizer) for r in readers.read_jsonl(path, "demonstrations")]
-    episodes = [pair for pair in episodes if len(pair[0]) + len(pair[1]) <= context][:1000]
+    episodes = [pair for pair in episodes if readers.length(pair) <= context][:1000]
     if not episodes:
         raise UserError(f"{path}: no demonstration fits the context of {context}")
     return episodes

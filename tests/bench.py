@@ -1,7 +1,7 @@
 """Speed and memory beside the peers, transformers and TRL, and beside the machine's own limit.
 
-    make bench                                      # all of it
-    .venv/bin/python tests/bench.py sft ppo         # some rows of it
+    make bench                                      # all of it, half an hour on two cores
+    .venv/bin/python tests/bench.py sft ppo         # some of: sampling sft reward ppo pretraining growth
 
 Ours and theirs run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be
 equal is compared before anything is timed. Medians; a ratio is the median of the ratios of neighbouring runs. Where a
@@ -70,19 +70,21 @@ def race(ours, theirs, rounds):
 
 
 def limits():
-    """-> {precision: matrix products, in FLOP/s} by the faster of MKL and oneDNN, and memory's bytes/s, read and written."""
+    """-> {precision: matrix products, in FLOP/s} as PyTorch has them, the same by oneDNN if that is faster, and memory's bytes/s,
+    read and written."""
     def best(work, n=7):
         work()
         return statistics.median(seconds(work) for _ in range(n))
 
-    rates = {}
+    plain, rates = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 2048, 2048).to(dtype)
         m = a.to_mkldnn()
-        rates[dtype] = 2 * 2048**3 / min(best(lambda: a @ b), best(lambda: F.linear(m, b)))
+        plain[dtype] = 2 * 2048**3 / best(lambda: a @ b)
+        rates[dtype] = max(plain[dtype], 2 * 2048**3 / best(lambda: F.linear(m, b)))
     x = torch.randn(2**26)
     y = torch.empty_like(x)
-    return rates, 2 * x.nbytes / best(lambda: y.copy_(x))
+    return plain, rates, 2 * x.nbytes / best(lambda: y.copy_(x))
 
 
 class Enough(Exception):
@@ -97,11 +99,16 @@ def steps_of(main, config, steps):
         times.append(time.perf_counter())
         if len(times) > steps:
             raise Enough
-    with mock.patch.object(common.Run, "log", log), contextlib.suppress(Enough), open(os.devnull, "w") as quiet, \
-            contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    with mock.patch.object(common.Run, "log", log), contextlib.suppress(Enough), quiet():
         main(config)
     common.Interrupt.waiting = False
     return (times[-1] - times[0]) / (len(times) - 1)
+
+
+@contextlib.contextmanager
+def quiet():
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 class Clock(TrainerCallback):
@@ -116,9 +123,9 @@ class Clock(TrainerCallback):
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
-def peak_memory(row, size, side, folder):
+def peak_memory(row, side, folder, **shape):
     """Bytes that two steps of one side take at most, in a process of its own, above what its imports took."""
-    command = [sys.executable, __file__, "--peak", row, size, side, os.fspath(folder)]
+    command = [sys.executable, __file__, "--peak", row, side, os.fspath(folder), json.dumps(shape)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -170,8 +177,8 @@ def text(tokens, rng):
     return "".join(" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2)) for _ in range(tokens))
 
 
-def write_dataset(folder, rows=256):
-    """Prompts of 16 to 64 tokens, responses of 8 to 192, rankings of K = 9."""
+def write_dataset(folder, rows=256, K=9):
+    """Prompts of 16 to 64 tokens, responses of 8 to 192, those that are ranked of 8 to 64."""
     rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
     folder.mkdir()
     tokenizer().save(folder)
@@ -181,20 +188,20 @@ def write_dataset(folder, rows=256):
         readers.write_jsonl(folder / f"demonstrations.{split}.jsonl", [
             {"prompt": p, "response": text(rng.randint(8, 192), rng), **one} for p in prompts])
         readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
-            {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(9)],
-             "ranks": rng.sample(range(1, 10), 9), **one} for p in prompts[:96]])
+            {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(K)],
+             "ranks": rng.sample(range(1, K + 1), K), **one} for p in prompts[:96]])
     return folder
 
 
-def mixed_prompts(count, shortest, longest):
+def mixed_prompts(count, shortest, longest, vocabulary=VOCABULARY):
     rng = random.Random(0)
-    return [[rng.randrange(VOCABULARY - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+    return [[rng.randrange(vocabulary - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
 
 
 # ---------------------------------------------------------------- the rows
 
-def sampling(size, prompts, new, folder):
-    model = model_of(size).eval()
+def sampling(model, prompts, new, folder):
+    model.eval()
     peer = peer_of(model, GPT2LMHeadModel, folder).eval()
     end, longest = model.config.end_of_text, max(map(len, prompts))
     ids = torch.tensor([[end] * (longest - len(p)) + p for p in prompts])
@@ -242,7 +249,7 @@ def samples_of_one_prompt(folder):
     return f"{9 / a:.2f} samples/s", f"{9 / b:.2f} samples/s", f"{ratio:.1f}×"
 
 
-def sft_sides(size, folder, batch=16, steps=3):
+def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
     data = folder / "data"
     if not (folder / "sft.pt").exists():
         common.save(folder / "sft.pt", checkpoint(size))
@@ -256,10 +263,11 @@ def sft_sides(size, folder, batch=16, steps=3):
     def theirs():
         dataset = Dataset.from_list([dict(input_ids=p + r, completion_mask=[0] * len(p) + [1] * len(r)) for p, r in pairs])
         config = SFTConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=batch, max_steps=steps + 1,
-                           max_length=None, completion_only_loss=True, learning_rate=1e-5, **PLAIN)
+                           max_length=None, completion_only_loss=True, loss_type=loss, learning_rate=1e-5, **PLAIN)
         clock = Clock()
-        SFTTrainer(peer_of(model_of(size), GPT2LMHeadModel, folder), config, train_dataset=dataset,
-                   processing_class=peer_tokenizer(folder, False), callbacks=[clock]).train()
+        with quiet():
+            SFTTrainer(peer_of(model_of(size), GPT2LMHeadModel, folder), config, train_dataset=dataset,
+                       processing_class=peer_tokenizer(folder, False), callbacks=[clock]).train()
         return clock.mean
 
     def check():
@@ -281,7 +289,7 @@ def checkpoint(size, kind=GPT):
     return dict(model=weights(size, kind), model_config=vars(shape(size)), tokenizer=tokenizer().fingerprint)
 
 
-def reward_sides(size, folder, batch=4, steps=2):
+def reward_sides(folder, size, steps=2, batch=4):
     data = folder / "data"
     if not (folder / "sft.pt").exists():
         common.save(folder / "sft.pt", checkpoint(size))
@@ -300,8 +308,10 @@ def reward_sides(size, folder, batch=4, steps=2):
         config = RewardConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=36 * batch,
                               max_steps=steps + 1, max_length=None, learning_rate=1e-5, **PLAIN)
         clock = Clock()
-        RewardTrainer(peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder), config,
-                      train_dataset=Dataset.from_list(rows), processing_class=peer_tokenizer(folder, True), callbacks=[clock]).train()
+        with quiet():
+            RewardTrainer(peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder), config,
+                          train_dataset=Dataset.from_list(rows), processing_class=peer_tokenizer(folder, True),
+                          callbacks=[clock]).train()
         return clock.mean
 
     def check():
@@ -316,7 +326,7 @@ def reward_sides(size, folder, batch=4, steps=2):
     return ours, theirs, check, batch, "rankings/s"
 
 
-def ppo_sides(size, folder, batch=32, new=48, steps=2):
+def ppo_sides(folder, size, steps=2, batch=32, new=48):
     data = folder / "data"
     for name, kind in (("sft", GPT), ("reward", ScalarModel)):
         if not (folder / f"{name}.pt").exists():
@@ -341,7 +351,7 @@ def ppo_sides(size, folder, batch=32, new=48, steps=2):
         policy.resize_token_embeddings(VOCABULARY + 1)  # for the padding
         trainer = PPOTrainer(config, pad, policy, None, scalar(), Dataset.from_dict({"input_ids": prompts}), scalar(),
                              eval_dataset=Dataset.from_dict({"input_ids": prompts[:1]}), callbacks=[clock])
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        with quiet():
             trainer.train()
         return clock.mean
 
@@ -356,15 +366,15 @@ def ppo_sides(size, folder, batch=32, new=48, steps=2):
 
 
 def pretraining(rates, folder):
-    model, rows = model_of("gpt2"), 4
-    tokens = torch.randint(VOCABULARY - 1, (rows, 1024), generator=torch.Generator().manual_seed(0))
+    model = model_of("gpt2")
+    tokens = torch.randint(VOCABULARY - 1, (8, 512), generator=torch.Generator().manual_seed(0))
     optimizer, ranks = common.adam(model, 1e-5), common.Ranks()
     where = torch.ones_like(tokens, dtype=torch.bool)
     where[:, -1] = False
     c = model.config
     # 6 FLOP a parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
     flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
-                              6 * c.layers * c.width * c.context)
+                              6 * c.layers * c.width * tokens.shape[1])
     result = {}
     for dtype, rate in rates.items():
         def step():
@@ -372,54 +382,84 @@ def pretraining(rates, folder):
                 loss, count = sft.masked_loss(model, tokens, where)
             (loss / count).backward()
             common.update(optimizer, model, 1e-5, ranks)
-        step()
+        step(), step()
         taken = statistics.median(seconds(step) for _ in range(3))
         result[dtype] = tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate
     return result
 
 
 SIDES = {"sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
-TARGETS = {"sft": "1.5×, half the memory", "reward": "4×", "ppo": "3×, half the memory"}
-PEERS = {"sft": "TRL SFTTrainer", "reward": "TRL RewardTrainer, 36 pairs a ranking", "ppo": "TRL PPOTrainer"}
-NAMES = {"sft": "SFT step, 16 padded demonstrations", "reward": "reward step, rankings of K = 9", "ppo":
-         "PPO iteration, 32 episodes of 48 tokens"}
+ROWS = [  # kind of row, its shape, what it is, against what, at least
+    ("sft", dict(size="laptop"), "SFT step, 16 padded demonstrations", "TRL's SFTTrainer", "1.5×, half the memory"),
+    ("sft", dict(size="laptop", loss="nll"), "the same", "with transformers' own loss", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2"), "the same, 124M", "TRL's SFTTrainer", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", loss="nll"), "the same, 124M", "with transformers' own loss", "1.5×, half the memory"),
+    ("reward", dict(size="laptop"), "reward step, 4 rankings of K = 9", "TRL's RewardTrainer, 36 pairs a ranking", "4×"),
+    ("reward", dict(size="gpt2", batch=1), "the same, 124M, 1 ranking", "TRL's RewardTrainer", "4×"),
+    ("ppo", dict(size="laptop"), "PPO iteration, 32 episodes of 48 tokens", "TRL's PPOTrainer", "3×, half the memory"),
+    ("ppo", dict(size="gpt2", batch=16), "the same, 124M, 16 episodes", "TRL's PPOTrainer", "3×, half the memory"),
+]
+GROWTH = [("ppo", dict(size="laptop", batch=32, new=48) | change) for change in (
+    {}, dict(batch=64), dict(batch=128), dict(batch=256), dict(new=96), dict(new=160), dict(size="nano"),
+    dict(size="gpt2", batch=16))] + [("reward", dict(size="laptop", K=K)) for K in (2, 4, 9, 18)]
+
+
+def gib(size):
+    return f"{size / 2**30:.2f} GiB"
+
+
+def row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main(wanted):
-    rates, bandwidth = limits()
+    plain, rates, bandwidth = limits()
+    show = lambda rates: f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and {rates[torch.bfloat16] / 1e9:.0f} in bf16"
     print(f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, trl {trl.__version__}\nmatrix products {rates[torch.float32] / 1e9:.0f} GFLOP/s in "
-          f"float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16; copying {bandwidth / 1e9:.0f} GB/s, read and written\n")
-    print("| what | against | ours | theirs | ratio | target | our memory | theirs |\n|---|---|---|---|---|---|---|---|", flush=True)
-
-    def row(what, against, ours, theirs, ratio, target, memory=("", "")):
-        print("| " + " | ".join((what, against, ours, theirs, ratio, target, *memory)) + " |", flush=True)
-
+          f"{transformers.__version__}, trl {trl.__version__}\nmatrix products: {show(plain)} as PyTorch has them, {show(rates)} "
+          f"at best; copying {bandwidth / 1e9:.0f} GB/s, read and written\n")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        if set(wanted) - {"growth"}:
+            row("what", "against", "ours", "theirs", "ratio", "at least", "our memory", "theirs")
+            row(*["---"] * 8)
         if "sampling" in wanted:
-            row("sampling, laptop, 64 prompts, 40 tokens", "transformers", *sampling("laptop", mixed_prompts(64, 16, 96), 40,
-                folder), "3×")
-            row("sampling, 124M, 8 prompts, 64 tokens", "transformers", *sampling("gpt2", mixed_prompts(8, 16, 64), 64, folder),
-                "2×")
-            row("the same, weights in bf16", "reading the weights once a token", *sampling_bf16(folder, bandwidth), "50%")
-            row("9 samples of a prompt of 256 tokens, 124M", "9 times one", *samples_of_one_prompt(folder), "prompt once")
-        for name in ("sft", "reward", "ppo"):
-            for size in (os.environ.get("SIZES","laptop gpt2").split()) if name in wanted else ():
-                place = folder / f"{name}-{size}"
+            torch.manual_seed(0)
+            small, large = GPT(GPTConfig(vocab_size=1280, **PRESETS["laptop"])), model_of("gpt2")
+            row("sampling, laptop, 64 prompts, 40 tokens", "transformers", *sampling(small, mixed_prompts(64, 16, 96, 1280), 40,
+                folder), "3×", "", "")
+            row("sampling, 124M, 8 prompts, 64 tokens", "transformers", *sampling(large, mixed_prompts(8, 16, 64), 64, folder),
+                "2×", "", "")
+            row("the same, weights in bf16", "reading the weights once a token", *sampling_bf16(folder, bandwidth), "50%", "", "")
+            row("9 samples of a prompt of 256 tokens, 124M", "9 times one", *samples_of_one_prompt(folder), "prompt once", "", "")
+        for i, (name, how, what, against, least) in enumerate(ROWS):
+            if name in wanted:
+                place = folder / f"{i}"
                 place.mkdir()
                 write_dataset(place / "data")
-                ours, theirs, check, count, unit = SIDES[name](size, place)
+                ours, theirs, check, count, unit = SIDES[name](place, **how)
                 check()
-                a, b, ratio = race(ours, theirs, 3)
+                a, b, ratio = race(ours, theirs, 3 if how["size"] == "laptop" else 1)
                 gc.collect()
-                peaks = [peak_memory(name, size, side, place) for side in ("ours", "theirs")]
-                row(f"{NAMES[name]}, {size}", PEERS[name], f"{count / a:,.2f} {unit}", f"{count / b:,.2f}", f"{ratio:.1f}×",
-                    TARGETS[name], [f"{p / 2**30:.2f} GiB" for p in peaks])
+                peaks = [gib(peak_memory(name, side, place, **how)) for side in ("ours", "theirs")]
+                row(what, against, f"{count / a:,.2f} {unit}", f"{count / b:,.2f}", f"{ratio:.1f}×", least, *peaks)
         if "pretraining" in wanted:
             for dtype, (ours, limit, share) in pretraining(rates, folder).items():
-                row(f"pretraining step, 124M, 4 rows of 1024, {str(dtype)[6:]}", "matrix products alone",
-                    f"{ours:,.0f} tokens/s", f"{limit:,.0f} tokens/s", f"{share:.0%}", "70%")
+                row(f"pretraining step, 124M, 8 rows of 512, {str(dtype)[6:]}", "matrix products alone",
+                    f"{ours:,.0f} tokens/s", f"{limit:,.0f} tokens/s", f"{share:.0%}", "70%", "", "")
+        if "growth" in wanted:
+            print("\nHow cost grows:\n")
+            row("what", "model", "batch", "length or K", "seconds", "memory")
+            row(*["---"] * 6)
+            for i, (name, how) in enumerate(GROWTH):
+                place = folder / f"growth{i}"
+                place.mkdir()
+                K = how.pop("K", 9)
+                write_dataset(place / "data", K=K)
+                ours, _, _, count, _ = SIDES[name](place, **how)
+                ours()
+                row({"ppo": "PPO iteration", "reward": "reward step"}[name], how["size"], str(count),
+                    str(how.get("new", f"K = {K}")), f"{ours():.2f}", gib(peak_memory(name, "ours", place, **how)))
 
 
 def cpu():
@@ -430,9 +470,9 @@ def cpu():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
-        row, size, side, folder = sys.argv[2:]
+        name, side, folder, how = sys.argv[2:]
         before = status("VmRSS")
-        SIDES[row](size, Path(folder), steps=2)[side == "theirs"]()
+        SIDES[name](Path(folder), **json.loads(how), steps=2)[side == "theirs"]()
         print(status("VmHWM") - before)
     else:
-        main(sys.argv[1:] or ["sampling", "sft", "reward", "ppo", "pretraining"])
+        main(sys.argv[1:] or ["sampling", "sft", "reward", "ppo", "pretraining", "growth"])

@@ -1,6 +1,8 @@
 """The network against a loop-written one, and sampling against a loop without a cache."""
 
+import copy
 import math
+import random
 
 import numpy as np
 import pytest
@@ -129,7 +131,7 @@ def test_there_are_never_more_logits_than_allowed(monkeypatch):
 def test_float32_products_by_onednn_are_those_of_float64():
     """Sizes above and below from which it is used, with and without a bias, and their gradients."""
     torch.manual_seed(0)
-    for rows, inputs, outputs, bias in ((300, 256, 512, True), (300, 256, 512, False), (3, 4, 5, True)):
+    for rows, inputs, outputs, bias in ((300, 256, 512, True), (300, 512, 256, False), (3, 4, 5, True)):
         x, w, b = torch.randn(2, rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs) if bias else None
         narrow = [t.clone().requires_grad_() for t in (x, w, b) if t is not None]
         wide = [t.double().requires_grad_() for t in (x, w, b) if t is not None]
@@ -142,25 +144,43 @@ def test_float32_products_by_onednn_are_those_of_float64():
         torch.testing.assert_close([t.grad for t in narrow], [t.grad.float() for t in wide], rtol=1e-4, atol=1e-2)
 
 
+def test_gradients_of_a_model_large_enough_for_onednn_are_those_in_float64():
+    config = GPTConfig(vocab_size=500, context=64, layers=2, heads=4, width=128)
+    torch.manual_seed(0)
+    model, tokens = GPT(config), torch.randint(500, (16, 64))
+    wide = copy.deepcopy(model).double()
+    for m in (model, wide):
+        m(tokens).log_softmax(-1)[..., 3].sum().backward()  # the gradient of a sum, whose stride is 0
+    for (name, p), q in zip(model.named_parameters(), wide.parameters()):
+        assert (p.grad - q.grad).norm() < 1e-4 * q.grad.norm(), name
+
+
+def test_bf16_weights_under_autocast_are_packed_in_bf16_and_float32_ones_in_float32():
+    model = random_gpt()
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), packed(model):
+            assert getattr(model.tokens.weight, "packed", torch.empty(0, dtype=dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_packed_weights_give_the_logits_of_plain_ones_and_are_gone_afterwards(dtype, bound):
     model, tokens = random_gpt(), torch.tensor([[1, 2, 3], [4, 5, 6]])
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         plain = model(tokens).float()
         with packed(model):
-            assert hasattr(model.tokens.weight, "packed")
             torch.testing.assert_close(model(tokens).float(), plain, rtol=0, atol=bound)
     assert not any(hasattr(p, "packed") for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_an_update_is_seen_by_the_next_sampling():
-    model, uniforms = random_gpt(), torch.zeros(1, 1)
-    generate(model, [[1]], 1, uniforms, 0)
+    model, uniforms = random_gpt(), torch.rand(len(PROMPTS), 8, generator=torch.Generator().manual_seed(0))
+    before = generate(model, PROMPTS, 8, uniforms)
     with torch.no_grad():
-        model.norm.weight.zero_()
-        model.norm.bias.copy_(model.tokens.weight[7] * 100)
-    assert generate(model, [[1]], 1, uniforms, 0) == [[7]]
+        for p in model.parameters():
+            p.copy_(p.flip(0))
+    after = generate(model, PROMPTS, 8, uniforms)
+    assert after == slow_generate(model, PROMPTS, 8, uniforms, 1.0) != before
 
 
 def test_a_text_longer_than_the_context_is_refused():
@@ -304,6 +324,26 @@ def test_a_response_does_not_depend_on_the_company_it_is_sampled_in():
     uniforms = torch.rand(len(PROMPTS), 12, generator=torch.Generator().manual_seed(1))
     together = generate(model, PROMPTS, 12, uniforms)
     assert together == [generate(model, [p], 12, uniforms[i : i + 1])[0] for i, p in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize("anyone", [None, lambda left: left])
+def test_a_large_batch_of_mixed_prompts_says_what_each_says_alone(every, anyone, monkeypatch):
+    """More prompts than are read at once, lengths on both sides of 8 and 16, equal ones among them; rows leave."""
+    monkeypatch.setitem(model_module.ASK_EVERY, "cpu", every)
+    model, rows = random_gpt(dtype=torch.float64, seed=4), []
+    draw = random.Random(5)
+    prompts = [[draw.randrange(8) for _ in range(draw.choice([1, 2, 7, 8, 9, 15, 16, 17, 20]))] for _ in range(60)]
+    prompts += draw.sample(prompts, 12) + [prompts[0]] * 3
+    uniforms = torch.rand(len(prompts), 14, generator=torch.Generator().manual_seed(6))
+    hidden = model.hidden
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", lambda tokens, *rest: rows.append(len(tokens)) or hidden(tokens, *rest))
+        said = generate(model, prompts, 14, uniforms, 1.0, anyone)
+    assert said == slow_generate(model, prompts, 14, uniforms, 1.0)
+    assert 75 in rows and 16 in rows and len(set(map(len, said))) > 8
+    assert sum(rows[: rows.index(75)]) == len(set(map(tuple, prompts)))  # each read once
+    assert (rows.index(75) == 1) == (anyone is not None)  # all at once where processes go on together
 
 
 def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(monkeypatch):

@@ -67,8 +67,10 @@ def test_samples_show_score_and_kl(chain):
 DRIVER = """
 import sys, json
 sys.path.insert(0, sys.argv[1])
-import evaluate, ppo, reward, sft
+import evaluate, model, ppo, reward, sft
 from data import collect
+if "WORLD_SIZE" in __import__("os").environ:
+    model.LOGITS = 27  # of 3 positions: piece by piece
 for stage, changes in json.load(open(sys.argv[2])):
     module = globals()[stage]
     module.main(module.Config(**changes))
