@@ -71,57 +71,11 @@ def rounded(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def onednn(x, weight, bias=None):
-    """x (..., I), weight (O, I) or packed, bias (O,) -> (..., O), on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class Product(torch.autograd.Function):
-    """F.linear and its gradients by oneDNN."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        x, flat = x.reshape(-1, x.shape[-1]), grad.view(-1, len(weight))  # (rows, I), (rows, O)
-        wide = len(weight) < weight.shape[1]  # the larger factor goes second: oneDNN packs it
-        to_weight = onednn(flat.t(), x.t()) if wide else onednn(x.t(), flat.t()).t()  # (O, I)
-        return onednn(grad, weight.t()), to_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def linear(x, weight, bias=None):
-    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O).
-
-    On a CPU PyTorch multiplies float32 by MKL, which leaves the widest instructions of an AMD processor unused; oneDNN is twice
-    as fast there. And for sampling it can read weights that were packed beforehand: another two to four times."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    packed = getattr(weight, "packed", None)
-    if packed is not None:
-        x = x.to(packed.dtype)
-        return onednn(x, packed, None if bias is None else bias.to(x.dtype))
-    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if single and x.numel() * len(weight) > 2**22:  # below, the call costs more than it brings
-        return Product.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width)
+        self.qkv = Linear(config.width, 3 * config.width)  # nn.Linear, but faster on a CPU
         self.out = Linear(config.width, config.width)
 
     def forward(self, x, cache=None, slot=0, mask=None):
@@ -318,24 +272,6 @@ def pick(logits, uniforms, temperature):
     return chosen.clamp_(max=logits.shape[-1] - 1)
 
 
-@contextlib.contextmanager
-def packed(model):
-    """Sampling on a CPU takes as long as it takes to read the weights, once a token. Inside this context there is a copy of
-    them in the order that oneDNN reads fastest and, under autocast, already in its precision: see `linear`."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.tokens.weight.dtype
-    weights = []
-    if model.tokens.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        weights = [model.tokens.weight, *(module.weight for module in model.modules() if isinstance(module, Linear))]
-    try:
-        for weight in weights:
-            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
-        yield
-    finally:
-        for weight in weights:
-            vars(weight).pop("packed", None)
-
-
 def read_prompts(model, prompts, cache, together):
     """Fill the cache from prompts in order of length, `together` of them at a time; equal ones stand side by side and are
     read once. -> the hidden state of each one's last token (B, C)."""
@@ -409,6 +345,72 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, anyone=N
             positions = positions + 1
     model.train(training)
     return [[token for token in row if token >= 0] for row in responses.tolist()]
+
+
+# ---------------------------------------------------------------- products on a CPU
+
+def onednn(x, weight, bias=None):
+    """x (..., I), weight (O, I) or packed, bias (O,) -> (..., O), on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """F.linear and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        x, flat = x.reshape(-1, x.shape[-1]), grad.view(-1, len(weight))  # (rows, I), (rows, O)
+        wide = len(weight) < weight.shape[1]  # the larger factor goes second: oneDNN packs it
+        to_weight = onednn(flat.t(), x.t()) if wide else onednn(x.t(), flat.t()).t()  # (O, I)
+        return onednn(grad, weight.t()), to_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x, weight, bias=None):
+    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O).
+
+    On a CPU PyTorch multiplies float32 by MKL, which leaves the widest instructions of an AMD processor unused; oneDNN is twice
+    as fast there. And for sampling it can read weights that were packed beforehand: another two to four times."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    packed = getattr(weight, "packed", None)
+    if packed is not None:
+        x = x.to(packed.dtype)
+        return onednn(x, packed, None if bias is None else bias.to(x.dtype))
+    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if single and x.numel() * len(weight) > 2**22:  # below, the call costs more than it brings
+        return Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+@contextlib.contextmanager
+def packed(model):
+    """Sampling on a CPU takes as long as it takes to read the weights, once a token. Inside this context there is a copy of
+    them in the order that oneDNN reads fastest and, under autocast, already in its precision: see `linear`."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.tokens.weight.dtype
+    weights = []
+    if model.tokens.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        weights = [model.tokens.weight, *(module.weight for module in model.modules() if isinstance(module, Linear))]
+    try:
+        for weight in weights:
+            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
+        yield
+    finally:
+        for weight in weights:
+            vars(weight).pop("packed", None)
 
 
 # ---------------------------------------------------------------- GPT-2's weights, in and out

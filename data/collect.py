@@ -43,7 +43,7 @@ class Config:
     fewest: int = 4  # responses a prompt, drawn evenly from here (section 3.4: 4)
     most: int = 9  # to here (section 3.4: 9)
     max_new_tokens: int = 48  # the longest response, in tokens
-    batch_size: int = 64  # prompts at a time
+    batch_size: int = 256  # prompts at a time
     append: bool = True  # add to the comparisons that are there, rather than replace them
     seed: int = 0  # of K, the sources, the samples, the labelers
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
