@@ -8,11 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import common
 import evaluate
-import ppo
 from conftest import ROOT, load_model, random_gpt, read_log, save
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel
