@@ -124,10 +124,18 @@ class Clock(TrainerCallback):
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
+def apart(what, *arguments, **shape):
+    """What `--WHAT` of this script prints last, in a process of its own: memory that one row has freed is kept by its process."""
+    command = [sys.executable, __file__, f"--{what}", *map(str, arguments), json.dumps(shape)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def peak_memory(row, side, folder, **shape):
-    """Bytes that the same steps of one side take at most, in a process of its own, above what its imports took."""
-    command = [sys.executable, __file__, "--peak", row, side, os.fspath(folder), json.dumps(shape)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    """Bytes that the same steps of one side take at most, above what its process's imports took."""
+    return apart("peak", row, side, folder, **shape)
 
 
 def status(field):
@@ -438,10 +446,7 @@ def main(wanted):
                 place = folder / f"{i}"
                 place.mkdir()
                 write_dataset(place / "data")
-                ours, theirs, check, count, unit = SIDES[name](place, **how)
-                check()
-                a, b, ratio = race(ours, theirs, 3 if how["size"] == "laptop" else 2)
-                gc.collect()
+                a, b, ratio, count, unit = apart("race", name, place, **how)
                 peaks = [gib(peak_memory(name, side, place, **how)) for side in ("ours", "theirs")]
                 row(what, against, f"{count / a:,.2f} {unit}", f"{count / b:,.2f}", f"{ratio:.1f}×", least, *peaks)
         if "pretraining" in wanted:
@@ -475,5 +480,10 @@ if __name__ == "__main__":
         before = status("VmRSS")
         SIDES[name](Path(folder), **json.loads(how))[side == "theirs"]()
         print(status("VmHWM") - before)
+    elif sys.argv[1:2] == ["--race"]:
+        name, folder, how = sys.argv[2:]
+        ours, theirs, check, count, unit = SIDES[name](Path(folder), **json.loads(how))
+        check()
+        print(json.dumps([*race(ours, theirs, 3 if '"laptop"' in how else 2), count, unit]))
     else:
         main(sys.argv[1:] or ["sampling", "sft", "reward", "ppo", "pretraining", "growth"])
