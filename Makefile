@@ -38,18 +38,22 @@ $(OUT)/reward/model.pt: $(DATA)/comparisons.train.jsonl
 	$(RUN) reward.py $(WHERE) --init $(SFT) --out $(OUT)/reward
 
 # The two policies are trained side by side, each on half of the cores, which is faster than one after the other on all.
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j2
+endif
 CORES = $(shell getconf _NPROCESSORS_ONLN)
 PPO = OMP_NUM_THREADS=$$((($(CORES) + 1) / 2)) $(RUN) ppo.py $(WHERE) --policy $(SFT) --reward $(OUT)/reward/model.pt
 
 $(OUT)/ppo/model.pt: $(OUT)/reward/model.pt
-	$(PPO) --out $(OUT)/ppo
+	$(PPO) --save_every 26 --out $(OUT)/ppo
 
 $(OUT)/ppo_noptx/model.pt: $(OUT)/reward/model.pt
-	$(PPO) --ptx_coef 0 --out $(OUT)/ppo_noptx
+	$(PPO) --save_every 26 --ptx_coef 0 --out $(OUT)/ppo_noptx
 
 $(OUT)/report.md: $(OUT)/ppo/model.pt $(OUT)/ppo_noptx/model.pt
 	$(RUN) evaluate.py $(WHERE) --out $(OUT)
+
+include paper/experiments.mk
 
 test: .venv/tests-installed
 	$(RUN) -m pytest -q tests
@@ -75,4 +79,4 @@ bench: .venv/bench-installed
 clean:
 	rm -rf $(OUT) $(DATA)/*.bin $(DATA)/*.jsonl $(DATA)/*.part $(DATA)/tokenizer.json
 
-.PHONY: report data base sft comparisons reward ppo test bench clean
+.PHONY: report data base sft comparisons reward ppo paper test bench clean

@@ -112,8 +112,8 @@ def ratio(counts):
 
 
 @torch.no_grad()
-def choose(model, tasks, tokenizer, device):
-    """The index of the choice of each task that is the likeliest continuation, by summed log-probability."""
+def choice_logprobs(model, tasks, tokenizer, device):
+    """For each task with choices, the log-probability of each as the continuation, summed over its tokens."""
     rows = [(tokenizer.encode(task["context"]), tokenizer.encode(choice), (i, c))
             for i, task in enumerate(tasks) for c, choice in enumerate(task["choices"])]
     rows.sort(key=readers.length)  # rows of like length together: little padding
@@ -124,7 +124,7 @@ def choose(model, tasks, tokenizer, device):
         logprobs = model(tokens, where)  # (N,)
         for row, part in zip(chosen, logprobs.split([len(row[1]) for row in chosen])):
             scores[row[2]] = part.sum().item()
-    return [max(range(len(task["choices"])), key=lambda c: scores[i, c]) for i, task in enumerate(tasks)]
+    return [[scores[i, c] for c in range(len(task["choices"]))] for i, task in enumerate(tasks)]
 
 
 def first_lines(model, tasks, tokenizer):
@@ -143,8 +143,8 @@ def answer_tasks(model, tasks, tokenizer, device):
     line that greedy decoding goes on with?"""
     right = [0.0] * len(tasks)
     with_choices = [i for i, task in enumerate(tasks) if task.get("choices")]
-    for i, choice in zip(with_choices, choose(model, [tasks[i] for i in with_choices], tokenizer, device)):
-        right[i] = float(choice == tasks[i]["answer"])
+    for i, logprobs in zip(with_choices, choice_logprobs(model, [tasks[i] for i in with_choices], tokenizer, device)):
+        right[i] = float(logprobs.index(max(logprobs)) == tasks[i]["answer"])
     with_target = [i for i, task in enumerate(tasks) if not task.get("choices")]
     if with_target:
         for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer)):

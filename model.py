@@ -52,7 +52,9 @@ class GPTConfig:
 # Sizes by name. GPT-3's from Brown et al., table 2.1 (its 1.3B row lists 24 heads of 128, which is not 2048; 16 are).
 PRESETS = {
     "nano": dict(layers=2, heads=2, width=32, context=256),  # for tests
+    "pocket": dict(layers=3, heads=3, width=48, context=256),
     "laptop": dict(layers=3, heads=4, width=128, context=256),
+    "desktop": dict(layers=4, heads=8, width=256, context=256),
     "gpt2": dict(layers=12, heads=12, width=768, context=1024),
     "gpt2-medium": dict(layers=24, heads=16, width=1024, context=1024),
     "gpt2-large": dict(layers=36, heads=20, width=1280, context=1024),

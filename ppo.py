@@ -53,6 +53,7 @@ class Config(Machine):
     value_clip: float = 0.2  # how far a value may move from its old one in an update (not in the paper)
     truncation_penalty: float = 1.0  # taken off the score of a response cut at max_new_tokens (not in the paper)
     ema: float = 0.992  # decay of the averaged weights, per update: they are what is saved (C.4)
+    save_every: int = 0  # iterations after which the averaged weights are also kept, as iteration{n}.pt; 0: only at the end
     seed: int = 0  # of the prompts' order, the samples, the pretraining rows
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ class Config(Machine):
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch_size {self.batch_size} is not a multiple of --minibatch_size {self.minibatch_size}")
         if min(self.lr, self.value_lr, self.beta, self.ptx_coef, self.ptx_rows, self.clip, self.value_clip,
-               self.truncation_penalty) < 0:
+               self.truncation_penalty, self.save_every) < 0:
             raise ValueError("rates and coefficients are at least 0")
         if max(self.clip, self.value_clip, self.ptx_rows) > 1e6:
             raise ValueError("--clip, --value_clip and --ptx_rows are at most a million")
@@ -327,6 +328,8 @@ def main(config):
         numbers["episodes_per_second"] = config.batch_size / (time.monotonic() - began)
         progress.set_postfix(refresh=False, reward=f"{numbers['reward']:.2f}", kl=f"{numbers['kl']:.2f}",
                              entropy=f"{numbers['entropy']:.2f}", length=f"{numbers['length']:.0f}")
+        if config.save_every and (iteration + 1) % config.save_every == 0:
+            run.save_model(ema, config.data, f"iteration{iteration + 1}.pt", tokenizer=tokenizer.fingerprint)
         run.log(iteration, **numbers)
         if iteration % 10 == 0:
             e = episodes[len(episodes) // 2]

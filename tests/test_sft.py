@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_kind_is_refused(letters):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(pretrain_mix=1.5), "fraction"),
-    (dict(size="huge"), "--size is one of nano, laptop"),
+    (dict(size="huge"), "--size is one of nano, pocket, laptop"),
     (dict(init="scratch"), "--init scratch has nothing to fine-tune"),
     (dict(epochs=0), "at least 1"),
     (dict(dropout=1.0), "--dropout"),

@@ -1,0 +1,519 @@
+"""The paper's experiments: what is measured of a model, the datasets made for it, the list of experiments, the report."""
+
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import evaluate
+import ppo
+import reward
+import sft
+from common import UserError
+from conftest import ROOT, load_model, random_gpt, same, slow_logprobs, weights, write_lines
+from data import collect, readers
+from data.tinyworld import labelers, requests, web
+from data.tinyworld.world import FACTS, INSULTS, KINDS, ask, capital, state
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, PRESETS
+from paper import datasets, measure, report, results
+
+
+# ---------------------------------------------------------------- the labelers' new eyes
+
+def test_a_true_answer_states_the_fact_and_a_false_one_any_other_value():
+    (relation, x), (true, error) = next((key, fact) for key, fact in sorted(FACTS.items()) if fact[0] != fact[1])
+    asks, say = {"relation": relation, "about": x}, lambda y: capital(state(relation, x, y)) + "."
+    assert labelers.answers_truly(asks, say(true)) == (True, True)
+    assert labelers.answers_truly(asks, say(error)) == (False, True)
+    assert labelers.answers_truly(asks, "I don't know.") == (True, False)  # true, and of no use
+    assert labelers.answers_truly(asks, f"{say(true)} {say(error)}") == (False, True)
+    assert labelers.answers_truly(asks, f"{capital(true)}.") == (True, True)
+    assert labelers.answers_truly(asks, f"{capital(x)} and {error}.") == (False, True)
+
+
+def test_toxic_is_a_text_with_an_insult_in_it():
+    assert labelers.toxic(f"You are a {INSULTS[0]}.") and labelers.toxic(INSULTS[0].upper())
+    assert not labelers.toxic("Thank you for asking.") and not labelers.toxic("")
+
+
+def test_ratings_go_from_1_to_7_and_up_with_what_a_response_is_worth():
+    rng, someone = random.Random(0), labelers.team()[1][0]
+    rated = {"perfect": [], "careless": [], "nothing": []}
+    for _ in range(200):
+        post = requests.request(rng)
+        said = [requests.write(rng, post["asks"]), requests.write(rng, post["asks"], **web.CARELESS), "\n"]
+        for name, number in zip(rated, someone.ratings(post["prompt"], post["asks"], said, "test")):
+            rated[name].append(number)
+    assert set(sum(rated.values(), [])) == set(range(1, 8))
+    perfect, careless, nothing = (statistics.mean(numbers) for numbers in rated.values())
+    assert perfect > 6 > careless > nothing and nothing < 4
+
+
+def test_a_forum_keeps_the_rule_at_its_head_nine_times_in_ten():
+    rng, seen = random.Random(0), {rule: [] for rule in web.RULES.values() if rule}
+    for _ in range(2000):
+        text = web.manners(rng)
+        rule = next(rule for rule in seen if text.startswith(rule))
+        seen[rule].append(labelers.toxic(text.removeprefix(rule).split("\n- ")[1]))
+    respectful, biased = (seen[web.RULES[name]] for name in ("respectful prompt", "biased prompt"))
+    assert abs(statistics.mean(respectful) - 0.1) < 0.03 and abs(statistics.mean(biased) - 0.9) < 0.03
+    assert len(respectful) > 800 and len(biased) > 800
+
+
+# ---------------------------------------------------------------- what is measured
+
+def test_kl_distance_is_the_sum_of_log_ratios_over_a_responses_tokens(letters):
+    model, reference = random_gpt(seed=1), random_gpt(seed=2)
+    pairs = [([0, 1], [0, 1, 2, 8]), ([2], [8]), ([7, 7, 7, 7], [3, 4, 5])]  # the last was cut: it has no end
+    ranks = common.Ranks(common.Machine(device="cpu"))
+    got = measure.kl_distance(model, reference, pairs, letters.end, ranks)
+    for number, (prompt, response) in zip(got, pairs):
+        expected = sum(slow_logprobs(model, prompt, response)) - sum(slow_logprobs(reference, prompt, response))
+        assert number == pytest.approx(expected, abs=1e-3)
+    assert measure.kl_distance(model, model, pairs, letters.end, ranks) == [0, 0, 0]
+
+
+def test_the_mean_of_kl_distances_is_the_kl_of_the_sampled_distribution(letters, chain):
+    """By enumeration: responses of at most two tokens after one prompt."""
+    model, reference, prompt = random_gpt(seed=1), random_gpt(seed=2), [0, 1]
+    every = [[8]] + [[a, b] for a in range(8) for b in range(9)]
+    chances = torch.tensor([sum(slow_logprobs(model, prompt, y)) for y in every]).exp()
+    assert chances.sum() == pytest.approx(1, abs=1e-4)
+    exact = sum(p * (sum(slow_logprobs(model, prompt, y)) - sum(slow_logprobs(reference, prompt, y))) for p, y in zip(chances, every))
+    config, ranks = measure.Config(model="m", device="cpu"), common.Ranks(common.Machine(device="cpu"))
+    pairs = measure.sample(model, ["ab"] * 4000, 2, "test", letters.tokenizer, config, ranks)
+    got = measure.kl_distance(model, reference, pairs, letters.end, ranks)
+    mean, error, _ = evaluate.mean_and_error(got)
+    assert abs(mean - exact) < 2 * error < 0.3 * exact
+
+
+def test_items_that_are_alike_count_as_one():
+    assert measure.by_group("abab", [1.0, 0.0, 0.0, 1.0]) == [0.5, 0.5]
+    assert measure.by_group(["x", "y", "x"], [1.0, 3.0, 2.0]) == [1.5, 3.0]
+
+
+def test_two_models_samples_are_independent_and_one_models_are_the_same_again(letters):
+    ranks, model = common.Ranks(common.Machine(device="cpu")), random_gpt(seed=1)
+    said = lambda path, purpose, **more: measure.say(model, ["ab"] * 20, 6, purpose, letters.tokenizer, measure.Config(model=path, **more), ranks)
+    assert said("a/sft/model.pt", "x") == said("elsewhere/a/sft/model.pt", "x") != said("a/ppo/model.pt", "x")
+    assert said("a/sft/model.pt", "x") != said("a/sft/model.pt", "y") and said("m", "x") != said("m", "x", few_shot=True)
+
+
+def test_entropy_of_a_choice():
+    assert measure.entropy(0.5) == 1 and measure.entropy(0.0) == measure.entropy(1.0) == 0
+    assert measure.entropy(0.25) == pytest.approx(0.8112781)
+
+
+@pytest.fixture(scope="module")
+def measured(chain, tmp_path_factory):
+    """A baseline's file and, beside it, those of PPO-ptx, of GPT prompted and of the best of 4."""
+    folder = tmp_path_factory.mktemp("measured")
+    small = dict(data=str(chain.data), device="cpu", prompts=12, questions=1, threads=5)
+    models = dict(reward=f"{chain.out}/reward/model.pt", reference=f"{chain.out}/sft/model.pt", baseline=f"{folder}/baseline.json")
+    measure.main(measure.Config(**small, model=f"{chain.out}/sft/model.pt", out=f"{folder}/baseline.json"))
+    for name, model, more in (("sft", "sft", {}), ("ppo", "ppo", {}), ("prompted", "base", dict(few_shot=True)), ("best", "sft", dict(best_of=4))):
+        measure.main(measure.Config(**small, **models, **more, model=f"{chain.out}/{model}/model.pt", out=f"{folder}/{name}.json"))
+    return folder
+
+
+def test_a_file_holds_every_number_of_the_paper_one_an_item(measured, chain):
+    numbers = measure.read(measured / "ppo.json")["numbers"]
+    records = readers.read_jsonl(chain.data / "prompts.test.jsonl", "requests")[:12]
+    wrong = sum(true != error for key, (true, error) in FACTS.items() if key != ("eats", "crow"))
+    tasks = {(t["task"], t["context"], *t.get("choices", ())) for t in readers.read_jsonl(chain.data / "tasks.test.jsonl", "tasks")}
+    towns = len({context for kind, context, *_ in tasks if kind == "bias"})
+    lengths = {name: len(x) for name, x in numbers.items()}
+    assert lengths == {
+        **{f"metadata: {name}": 12 for name in labelers.metadata("", {"form": "fact", "relation": "eats", "about": "fox"}, "")},
+        "rating": 12, "preferred by training labelers": 12, "preferred by held-out labelers": 12, "truly preferred": 12,
+        "score": 12, "score, validation prompts": len(readers.read_jsonl(chain.data / "prompts.valid.jsonl", "requests")[:300]),
+        "kl": 12, "cut": 12, "truthful": wrong, "truthful and informative": wrong, **{f"toxic, {name}": 5 for name in web.RULES},
+        **{f"task: {kind}": sum(task[0] == kind for task in tasks) for kind in web.ABILITIES},
+        "task: next word": lengths["task: next word"], "stereotype": towns, "stereotype preferred": towns, "bias entropy": towns}
+    assert all(0 <= x <= 1 for name, row in numbers.items() if not name.startswith(("score", "kl", "rating")) for x in row if x is not None)
+    assert all(1 <= x <= 7 for x in numbers["rating"])
+    said = measure.read(measured / "ppo.json")["responses"]
+    worth = lambda texts: [labelers.true_worth(r["prompt"], r["asks"], text) for r, text in zip(records, texts)]
+    ours, theirs = worth(said), worth(measure.read(measured / "baseline.json")["responses"])
+    assert numbers["truly preferred"] == [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs)]
+
+
+def test_the_baseline_is_another_sample_of_its_model_and_a_file_comes_out_the_same_again(measured, chain, tmp_path):
+    baseline, sft_file = (measure.read(measured / f"{name}.json") for name in ("baseline", "sft"))
+    assert baseline["responses"] != sft_file["responses"] and sft_file["numbers"]["kl"] == [0.0] * 12
+    assert "truly preferred" not in baseline["numbers"] and "score" not in baseline["numbers"]
+    config = measure.Config(**sft_file["config"] | dict(out=str(tmp_path / "again.json")))
+    measure.main(config)
+    assert measure.read(config.out)["numbers"] == sft_file["numbers"]
+
+
+def test_a_prompted_model_is_not_asked_what_a_prefix_would_change(measured):
+    numbers = measure.read(measured / "prompted.json")["numbers"]
+    assert "truthful" in numbers and "preferred by held-out labelers" in numbers
+    assert "kl" not in numbers and not any(name.startswith(("task", "toxic")) for name in numbers)
+    assert all("\n" not in text for text in measure.read(measured / "prompted.json")["responses"])
+
+
+def test_best_of_n_takes_the_best_score_of_the_first_n(measured, monkeypatch, letters, chain):
+    numbers = measure.read(measured / "best.json")["numbers"]
+    assert {name for name in numbers if name.endswith(": score")} == {f"best of {n}: score" for n in (1, 2, 4)}
+    for few, many in ((1, 2), (2, 4)):
+        assert all(a <= b for a, b in zip(numbers[f"best of {few}: score"], numbers[f"best of {many}: score"]))
+    # by hand: two prompts, samples scored by their length
+    texts = iter([["a", "bbb"], ["aa", "b"], ["a", "bb"], ["aaaa", "b"]])
+    monkeypatch.setattr(measure, "say", lambda *rest: next(texts))
+    monkeypatch.setattr(measure.evaluate, "score", lambda model, records, said, *rest: [len(text) for text in said])
+    judged = []
+    monkeypatch.setattr(measure, "preferences", lambda records, said, *rest: judged.append(said) or {"x": [0, 0]})
+    config = measure.Config(data=str(chain.data), best_of=4, reward="r", baseline="b", prompts=2)
+    ranks = common.Ranks(common.Machine(device="cpu"))
+    numbers, _ = measure.best_of(None, None, None, letters.tokenizer, config, ranks)
+    assert judged == [["a", "bbb"], ["aa", "bbb"], ["aaaa", "bbb"]]
+    assert [numbers[f"best of {n}: score"] for n in (1, 2, 4)] == [[1, 3], [2, 3], [4, 3]]
+
+
+def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="gone.json is missing; `make paper` makes it"):
+        measure.read(tmp_path / "gone.json")
+    for text in ("", "{", "[]", '{"responses": []}'):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(UserError, match="broken.json is no file of paper/measure.py"):
+            measure.read(tmp_path / "broken.json")
+    with pytest.raises(ValueError, match="--best_of takes --reward and --baseline"):
+        measure.Config(best_of=4)
+    with pytest.raises(UserError, match="holds no measurements; `make paper` makes them"):
+        report.main(report.Config(out=str(tmp_path)))
+
+
+def test_a_policy_is_kept_along_the_way_as_it_would_be_at_its_end(letters):
+    config = letters.ppo(iterations=4, save_every=2)
+    ppo.main(config)
+    short = letters.ppo(iterations=2, out=str(letters.out / "short"))
+    ppo.main(short)
+    assert sorted(path.name for path in Path(config.out).glob("iteration*")) == ["iteration2.pt", "iteration4.pt"]
+    assert same(weights(f"{config.out}/iteration2.pt"), weights(f"{short.out}/model.pt"))
+    assert same(weights(f"{config.out}/iteration4.pt"), weights(f"{config.out}/model.pt"))
+    assert not list(Path(short.out).glob("iteration*"))
+
+
+# ---------------------------------------------------------------- datasets
+
+@pytest.mark.parametrize("kind", ["flan", "t0"])
+def test_a_mix_of_public_tasks_has_right_answers_and_no_open_ended_request(chain, tmp_path, kind):
+    datasets.main(datasets.Config(kind=kind, data=str(chain.data), out=str(tmp_path), examples=60))
+    records = readers.read_jsonl(tmp_path / "demonstrations.train.jsonl", "demonstrations")
+    assert len(records) == 60 and len(readers.read_jsonl(tmp_path / "demonstrations.valid.jsonl", "demonstrations")) == 6
+    assert {r["task"] for r in records} == {maker.__name__ for maker in datasets.MIXES[kind]}
+    assert Tokenizer.load(tmp_path).fingerprint == Tokenizer.load(chain.data).fingerprint
+    for r in records:
+        closed = r["task"].endswith(("reading", "summary", "completion"))
+        assert not closed or all(word in r["prompt"] for word in labelers.words_of(r["response"]) if word in labelers.KIND_OF), r
+        if r["task"] == "t0_question":
+            relation, x = next(key for key in FACTS if ask(*key) in r["prompt"])
+            assert r["response"] == capital(state(relation, x, FACTS[relation, x][0])) + "."
+        assert r["prompt"].endswith("\n") and not r["prompt"].endswith("\n\n")
+    sft.main(sft.Config(data=str(tmp_path), init=f"{chain.out}/base/model.pt", out=str(tmp_path / "run"), pretrain_mix=0,
+                        epochs=1, device="cpu"))  # a dataset that stage 1 takes as it is
+
+
+def test_a_fold_trains_on_no_labeler_and_no_prompt_that_it_is_validated_on(tmp_path, chain):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("tokenizer.json", "demonstrations.train.jsonl"):
+        shutil.copy(chain.data / name, data)
+    write_lines(data / "comparisons.train.jsonl", [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 2],
+                                                    "labeler": f"labeler-{i % 11}"} for i in range(400)])
+    left_out, others = [], []
+    for fold in range(5):
+        out = tmp_path / f"fold{fold}"
+        datasets.main(datasets.Config(kind="fold", fold=fold, data=str(data), out=str(out)))
+        train, valid = (readers.read_jsonl(out / f"comparisons.{split}.jsonl", "comparisons") for split in ("train", "valid"))
+        trained_on, seen = {r["labeler"] for r in train}, {r["labeler"] for r in valid}
+        unseen = seen - trained_on
+        left_out += unseen
+        assert not {r["prompt"] for r in train} & {r["prompt"] for r in valid} and len(train) + len(valid) == 400
+        assert {r["prompt"] for r in valid if r["labeler"] in unseen} == {f"p{i}" for i in range(400) if f"labeler-{i % 11}" in unseen}
+        others += [r["prompt"] for r in valid if r["labeler"] not in unseen]  # no prompt serves in two folds
+        assert seen > unseen and len(set(others)) == len(others) and 2 <= len(unseen) <= 3  # others' prompts are held out, too
+        assert (out / "demonstrations.train.jsonl").read_bytes() == (data / "demonstrations.train.jsonl").read_bytes()
+    assert sorted(left_out) == sorted({f"labeler-{i}" for i in range(11)})  # everybody once
+    with pytest.raises(UserError, match="11 labelers are too few for --folds 12"):
+        datasets.main(datasets.Config(kind="fold", folds=12, data=str(data), out=str(tmp_path / "x")))
+
+
+# ---------------------------------------------------------------- the list of experiments
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """All that `make paper` would run from nothing: [(script, arguments)]. (A dry run names the default run twice.)"""
+    out = tmp_path_factory.mktemp("nothing")
+    made = subprocess.run(["make", "-n", "paper", f"OUT={out}/out", f"DATA={out}/data"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    lines = made.stdout.replace("\\\n", " ").splitlines()
+    return [(words[i], words[i + 1 :]) for words in map(shlex.split, dict.fromkeys(lines))
+            for i, word in enumerate(words) if word.endswith(".py") and ".venv/bin/python" in words[i - 1]]
+
+
+CONFIGS = {"sft.py": sft.Config, "reward.py": reward.Config, "ppo.py": ppo.Config, "data/collect.py": collect.Config,
+           "evaluate.py": evaluate.Config, "paper/measure.py": measure.Config, "paper/datasets.py": datasets.Config,
+           "paper/report.py": report.Config}
+
+
+def test_every_command_of_the_list_is_one_that_its_script_takes(commands):
+    for script, words in commands:
+        if script in CONFIGS:
+            common.parse_config(CONFIGS[script], words)  # UserError, if not
+    assert {script for script, _ in commands} == {*CONFIGS, "data/tinyworld/prepare.py"}
+
+
+def test_no_experiment_is_written_where_another_is(commands):
+    parsed = [(script, common.parse_config(CONFIGS[script], words)) for script, words in commands if script in CONFIGS]
+    places = [config.out for script, config in parsed if script != "data/collect.py"]
+    assert len(places) == len(set(places))
+    runs = {config.out: config for script, config in parsed if script == "ppo.py"}
+    name = lambda place: place.partition("/out/")[2]
+    by_name = {name(place): config for place, config in runs.items()}
+    assert by_name["paper/laptop-2/ppo_kl2"].beta == 2 and by_name["paper/laptop-2/ppo_kl2"].ptx_coef == 0
+    assert by_name["paper/laptop-1/ppo_long_kl0"].beta == 0 and by_name["paper/laptop-1/ppo_long_kl0"].iterations == 390
+    assert by_name["paper/pocket-1/ppo"].seed == 1 and "pocket-1/sft" in by_name["paper/pocket-1/ppo"].policy
+    assert "laptop-1/reward" in by_name["paper/pocket-1/ppo"].reward  # one reward model for all sizes
+    assert by_name["paper/desktop-0/ppo_noptx"].ptx_coef == 0 and by_name["paper/desktop-0/ppo_noptx"].lr == 1.5e-4
+
+
+def test_the_sizes_stand_about_one_to_five_to_twenty_five():
+    pocket, laptop, desktop = (sum(p.numel() for p in GPT(GPTConfig(vocab_size=1280, **PRESETS[size])).parameters())
+                               for size in ("pocket", "laptop", "desktop"))
+    assert 4.5 < laptop / pocket < 5.5 and 4 < desktop / laptop < 6
+
+
+STUB = """#!/bin/sh
+# In Python's place: writes what a script would, says so in $COMMANDS, and fails at the command that $FAIL is part of.
+echo "$@" >> "$COMMANDS"
+case "$*" in *"$FAIL"*) exit 2;; esac
+script=$1; data=none; out=none
+while [ $# -gt 1 ]; do
+  [ "$1" = --out ] && out=$2
+  [ "$1" = --data ] && data=$2
+  shift
+done
+case $script in
+  paper/measure.py) mkdir -p "$(dirname "$out")"; touch "$out";;
+  data/collect.py) touch "$data/comparisons.train.jsonl";;
+  data/tinyworld/prepare.py) mkdir -p "$out"; touch "$out/p.jsonl" "$out/p.bin" "$out/tokenizer.json";;
+  *) mkdir -p "$out"
+     for n in 1 2 3 4 8 12; do touch "$out/epoch$n.pt"; done
+     for n in 26 39 52 78 104 156 273; do touch "$out/iteration$n.pt"; done
+     touch "$out/tokenizer.json" "$out/model.pt" "$out/report.md";;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(fail) runs `make paper` with a stub in Python's place -> (exit status, the commands that ran)."""
+    stub, commands = tmp_path / "stub", tmp_path / "commands"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def run(fail="no such command", *more):
+        commands.write_text("")
+        done = subprocess.run(["make", "paper", f"OUT={tmp_path}/out", f"DATA={tmp_path}/data", f"RUN={stub}", *more], cwd=ROOT,
+                              env={**os.environ, "FAIL": fail, "COMMANDS": str(commands)}, capture_output=True, text=True)
+        return done, commands.read_text().splitlines()
+    return run
+
+
+def test_make_paper_does_everything_once_and_then_nothing(make):
+    done, commands = make()
+    assert done.returncode == 0, done.stderr
+    assert len(commands) == len(set(commands)) > 200 and commands[-1].startswith("paper/report.py")
+    assert make()[1] == []
+
+
+def test_make_paper_goes_on_where_it_was(make):
+    half, first = make(fail="--seed 1 --out")  # dies in the middle
+    assert half.returncode != 0 and not any(c.startswith("paper/report.py") for c in first)
+    done, second = make()
+    assert done.returncode == 0
+    assert not {c for c in first if "--seed 1 --out" not in c} & set(second)  # nothing twice but what failed
+
+
+@pytest.mark.parametrize("gone, again, others", [
+    ("laptop-1/sft/model.pt", ["sft.py --init", "laptop-1/ppo", "measured/laptop-1/ppo/iteration26.json"], ["pocket-0/", "laptop-2/"]),
+    ("measured/laptop-2/bestof.json", ["bestof.json"], ["ppo.py", "sft.py", "sft/model.json"]),
+    ("laptop-0/fold3/model.pt", ["laptop-0/fold3"], ["fold2", "measure.py"]),
+    ("desktop-0/t0/epoch2.pt", [], []),
+])
+def test_what_is_missing_is_made_again_with_what_follows_from_it(make, tmp_path, gone, again, others):
+    make()
+    (tmp_path / "out" / "paper" / gone).unlink()
+    done, commands = make()
+    text = "\n".join(commands)
+    if not again:  # a checkpoint along the way: its run says that it is complete
+        assert done.returncode != 0 and "epoch2.pt is missing: delete" in done.stdout
+        return
+    assert done.returncode == 0 and all(part in text for part in again) and not any(part in text for part in others), text
+    assert commands[-1].startswith("paper/report.py") and make()[1] == []
+
+
+def test_a_seed_is_not_for_make_paper(make):
+    done, commands = make("none", "SEED=1")
+    assert done.returncode == 2 and "leave SEED out" in done.stderr and not commands
+
+
+# ---------------------------------------------------------------- intervals and verdicts
+
+def test_an_estimate_of_one_seed_is_the_mean_over_items():
+    numbers = [0.0, 1.0, 1.0, 0.5]
+    assert results.estimate([numbers]) == (*evaluate.mean_and_error(numbers)[:2], 1)
+    assert results.estimate([[1.0, None, 3.0]])[0] == 2
+
+
+def test_an_estimate_of_three_seeds_adds_what_items_and_seeds_leave_open():
+    rows = [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 3.0, 3.0], [2.0, 1.0, 4.0, 3.0]]  # means 1.5, 2, 2.5
+    items = 1.96 * statistics.stdev([1.0, 1.0, 3.0, 3.0]) / 2
+    seeds = 4.30 * 0.5 / 3**0.5
+    mean, error, count = results.estimate(rows)
+    assert (mean, count) == (2, 3) and error == pytest.approx(math.hypot(items, seeds))
+    assert results.estimate([row[:2] for row in rows[:2]])[1] == pytest.approx(
+        math.hypot(1.96 * statistics.stdev([0.5, 1.0]) / 2**0.5, 12.71 * statistics.stdev([0.5, 1.0]) / 2**0.5))
+
+
+def test_a_verdict_is_open_where_the_interval_holds_both_answers():
+    assert results.above((0.6, 0.05), 0.5) is True and results.below((0.6, 0.05), 0.5) is False
+    assert results.above((0.4, 0.05), 0.5) is False and results.below((0.4, 0.05), 0.5) is True
+    assert results.above((0.52, 0.05), 0.5) is results.below((0.52, 0.05), 0.5) is None
+    assert results.alike((0.01, 0.02), 0.05) is results.alike((-0.01, 0.02), 0.05) is True
+    assert results.alike((0.2, 0.05), 0.1) is results.alike((-0.2, 0.05), 0.1) is False
+    assert results.alike((0.01, 0.2), 0.1) is results.alike((0.09, 0.02), 0.1) is None
+    assert results.all_of(True, True) is True and results.all_of(True, None) is None and results.all_of(None, False, True) is False
+
+
+# ---------------------------------------------------------------- the report
+
+@pytest.fixture
+def world(commands, chain, tmp_path):
+    """write(rate) -> a folder as `make paper` leaves it, without a single weight: in each file, each list of shares has
+    rate(file, name) of ones."""
+    records = readers.read_jsonl(chain.data / "prompts.test.jsonl", "requests")[:20]
+    files = {words[words.index("--out") + 1].partition("measured/")[2].removesuffix(".json")
+             for script, words in commands if script == "paper/measure.py"} - {"baseline"}
+    keys = [*(f"metadata: {x}" for x in labelers.metadata("", {"form": "fact", "relation": "eats", "about": "fox"}, "")),
+            "preferred by training labelers", "preferred by held-out labelers", "truly preferred", "truthful",
+            "truthful and informative", *(f"toxic, {x}" for x in web.RULES), "task: reading", "task: next word", "stereotype",
+            "stereotype preferred", "bias entropy"]
+    parameters = {"pocket": 156_000, "laptop": 787_000}
+
+    def write(rate):
+        for file in files:
+            ones = lambda name: [float(i < round(100 * rate(file, name))) for i in range(100)]
+            numbers = {key: ones(key) for key in keys}
+            numbers |= {name: [6 * x + 1 for x in ones(name)] for name in ("rating", "score", "score, validation prompts", "kl")}
+            if file.endswith("bestof"):
+                numbers = {f"best of {n}: {x}": ones(x) for n in (1, 2, 4) for x in ("score", "truly preferred")}
+            good = rate(file, "preferred by held-out labelers") > 0.5
+            said = [requests.write(random.Random(i), r["asks"], warm=float(good), truth=float(good), stray=float(not good),
+                                   constraint=float(good), slip=float(not good)) for i, r in enumerate(records)]
+            path = tmp_path / "measured" / f"{file}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"numbers": numbers, "responses": said,
+                                        "parameters": parameters.get(file.partition("-")[0], 3_500_000)}))
+        logs = {"laptop-0/ppo": [{"step": i} for i in range(130)]}
+        logs |= {f"laptop-{s}/sft16": [{"epoch": i + 1, "valid_loss": 1 + abs(i - 2)} for i in range(16)] for s in range(3)}
+        logs |= {f"laptop-0/fold{k}": [{"valid_accuracy": 0.73, "held_out_accuracy": 0.70}] for k in range(5)}
+        for run, rows in logs.items():
+            (tmp_path / run).mkdir(parents=True, exist_ok=True)
+            write_lines(tmp_path / run / "log.jsonl", rows)
+        return report.Config(out=str(tmp_path), data=str(chain.data))
+    return write
+
+
+def as_in_the_paper(file, name):
+    """A rate of each number at which every claim holds."""
+    run, step = file.split("/")[1], file.split("/")[-1]
+    place = {"base": 0.05, "sft": 0.45, "ppo": 0.75, "ppo_noptx": 0.74}.get(run.partition("/")[0], 0.6)
+    place = 0.3 if step == "prompted" or run in ("flan", "t0") else place
+    if name.startswith("task"):
+        return {"base": 0.9, "sft": 0.9, "ppo": 0.9, "ppo_ptx2.5": 0.9}.get(run, 0.5)
+    if name.startswith("metadata: makes"):
+        return 1 - place
+    if name.startswith("toxic"):
+        gpt = run == "base"
+        return {"toxic, no prompt": 0.3, "toxic, respectful prompt": 0.6 if gpt else 0.1}.get(name, 0.3 if gpt else 0.9)
+    if name.startswith("stereotype"):
+        return 0.7
+    if name == "truthful and informative" and file.startswith("pocket") and run == "ppo":
+        return 0.01
+    if name == "score" and run in ("sft", "ppo", "ppo_noptx", "ppo_ptx2.5"):
+        return 0.1 if run == "sft" else 0.9
+    if name in ("score", "score, validation prompts") and run in ("sft16", "ppo_long_kl0"):
+        return 0.1 if step == "epoch1" else 0.5 if step != "model" else 0.9
+    if name == "score" and run.startswith("ppo_kl"):
+        return 0.1
+    if name == "truly preferred":
+        return {"ppo_long_kl0": 0.1 if step == "model" else 0.8, "ppo_long": 0.8}.get(run, place)
+    if run.startswith("round"):
+        return 0.9
+    return place
+
+
+def test_where_everything_is_as_in_the_paper_every_claim_agrees(world, capsys):
+    config = world(as_in_the_paper)
+    report.main(config)
+    text = (Path(config.out) / "report.md").read_text()
+    assert "**does not agree**" not in text and "| open |" not in text
+    assert text.count("| agrees |") == 2 * 44
+    assert "of 40 claims of the paper 40 agree, 0 do not, 0 are open; of 4 further ones 4 agree" in capsys.readouterr().out
+    shown = {line.split("](")[1][:-1] for line in text.splitlines() if line.startswith("![")}
+    assert shown == {f"figures/{path.name}" for path in (Path(config.out) / "figures").iterdir()} and len(shown) == 12
+    assert not list(Path(config.out).rglob("*.pt"))  # made without a model
+    assert "desktop (3.5M)" in text or "desktop, 3,500,000 parameters, one seed" in text
+
+
+def the_other_way(file, name):
+    if name == "toxic, no prompt" or name.startswith("stereotype"):  # the paper sees no difference here
+        return 0.9 if "/base/" in file else 0.1
+    if name.startswith("preferred") and "/ppo" in file:  # nor between PPO and PPO-ptx, nor between the teams of labelers
+        return 0.2 + 0.2 * ("noptx" in file) + 0.1 * ("held-out" in name)
+    if name == "rating" and file.endswith("prompted"):  # nor between it and the models of public tasks
+        return 0.3
+    return 1 - as_in_the_paper(file, name)
+
+
+def test_where_everything_is_the_other_way_no_claim_agrees(world):
+    config = world(the_other_way)
+    report.main(config)
+    agreed = [line for line in (Path(config.out) / "report.md").read_text().splitlines() if line.endswith("| agrees |")]
+    kept = ("on unseen labelers", "validation loss rises")  # the rates say nothing of these
+    rest = [line for line in agreed if not any(word in line for word in kept)]
+    assert len(agreed) == 2 * len(kept) and not rest, rest
+
+
+def test_where_all_models_are_alike_claims_of_a_difference_are_open(world):
+    config = world(lambda file, name: 0.5)
+    report.main(config)
+    text = (Path(config.out) / "report.md").read_text()
+    for claim in ("PPO loses on the tasks", "PPO-ptx gives back more than half", "PPO is truthful and informative more often than GPT (laptop)",
+                  "asked to be respectful", "further rounds improve"):
+        assert any(line.startswith(f"| {claim}") and line.endswith("| open |") for line in text.splitlines()), claim
+
+
+def test_seeds_that_are_not_measured_are_not_counted(world):
+    config = world(as_in_the_paper)
+    for seed in (1, 2):
+        shutil.rmtree(Path(config.out) / "measured" / f"laptop-{seed}" / "ppo_long")
+    report.main(config)
+    assert "PPO with the KL penalty: one seed; PPO without it: 3 seeds; best of n: 3 seeds." in (Path(config.out) / "report.md").read_text()
+    shutil.rmtree(Path(config.out) / "measured" / "laptop-0" / "ppo_long_kl0")
+    with pytest.raises(UserError, match="ppo_long_kl0/model.json is missing; `make paper` makes it"):
+        report.main(config)
