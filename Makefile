@@ -79,4 +79,4 @@ bench: .venv/bench-installed
 clean:
 	rm -rf $(OUT) $(DATA)/*.bin $(DATA)/*.jsonl $(DATA)/*.part $(DATA)/tokenizer.json
 
-.PHONY: report data base sft comparisons reward ppo paper test bench clean
+.PHONY: report data base sft comparisons reward ppo paper runs test bench clean

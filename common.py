@@ -139,7 +139,8 @@ class Machine:
 
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products
-HOW = {field.name for field in dataclasses.fields(Machine)} - {"precision"} | {"out"}  # may differ when a run goes on
+# What may differ when a run goes on.
+HOW = {field.name for field in dataclasses.fields(Machine)} - {"precision"} | {"out", "save_every"}
 
 
 class Ranks:
@@ -494,8 +495,9 @@ class Run:
             step, self.sizes, self.ranks.skipped = state["step"], state["sizes"], state["skipped"]
             self.ranks.scaler.load_state_dict(state["scaler"])
         if self.ranks.main:
-            for path in self.folder.glob("resume*.pt") if step == 0 else ():
-                path.unlink()
+            for path in self.folder.glob("*.pt") if step == 0 else ():
+                if path.name.startswith(("resume", "epoch", "iteration")):  # another run's, which this one takes the place of
+                    path.unlink()
             for name, size in self.sizes.items():  # forget what was written after the state was
                 with open(self.folder / name, "ab") as file:
                     file.truncate(min(size, file.tell()))

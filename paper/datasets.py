@@ -140,12 +140,14 @@ def folds(config):
 
 def main(config):
     out = Path(config.out)
+    if out.resolve() == Path(config.data).resolve():
+        raise UserError(f"--out {config.out} is the dataset that is read")
+    if not Path(f"{config.data}/tokenizer.json").is_file():
+        raise UserError(f"{config.data}/tokenizer.json is missing; `make data` makes it")
     for name, records in (folds(config) if config.kind == "fold" else tasks(config)).items():
         readers.write_jsonl(out / name, records)
         print(f"{out / name}: {len(records):,} records")
     copied = ["demonstrations.train.jsonl"] if config.kind == "fold" else []
-    if not Path(f"{config.data}/tokenizer.json").is_file():
-        raise UserError(f"{config.data}/tokenizer.json is missing; `make data` makes it")
     for name in (*copied, "tokenizer.json"):  # the tokenizer last: it is the file that make looks for
         shutil.copyfile(f"{config.data}/{name}", out / f"{name}.tmp")
         os.replace(out / f"{name}.tmp", out / name)

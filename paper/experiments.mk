@@ -1,5 +1,6 @@
 # The experiments of section 4 and appendix E: which runs there are, with which flags, and what is measured of them.
-# `make paper` trains and measures what is missing, two at a time, each on half of the cores, and writes out/paper/report.md.
+# `make paper` trains and measures what is missing, two at a time, each on half of the cores (so leave -j out), and writes
+# out/paper/report.md.
 #
 # A run is a folder SIZE-SEED/RUN below out/paper, laptop-1/ppo say. All runs share the default run's dataset and
 # comparisons; a seed trains everything anew on them: base, SFT, reward model, policies. laptop-0 is the default run.
@@ -47,15 +48,15 @@ MEASURED = \
   $(foreach r,$(PUBLIC),$(EPOCHS:%=desktop-0/$(r)/epoch%)) \
   $(foreach s,$(SEEDS),$(foreach n,$(TRAINING),laptop-$(s)/ppo/iteration$(n) laptop-$(s)/ppo_noptx/iteration$(n)) \
     $(COEFFICIENTS:%=laptop-$(s)/%/model)) \
-  $(foreach s,$(SEEDS),laptop-$(s)/bestof laptop-$(s)/sft16/model $(LONG_EPOCHS:%=laptop-$(s)/sft16/epoch%) \
-    $(foreach r,$(OPTIMIZED),laptop-$(s)/$(r)/model $(OPTIMIZING:%=laptop-$(s)/$(r)/iteration%)))
+  $(foreach s,$(SEEDS),laptop-$(s)/bestof laptop-$(s)/sft16/model $(LONG_EPOCHS:%=laptop-$(s)/sft16/epoch%)) \
+  $(foreach s,$(SEEDS),$(foreach r,$(OPTIMIZED),laptop-$(s)/$(r)/model $(OPTIMIZING:%=laptop-$(s)/$(r)/iteration%)))
 
 $(if $(filter paper,$(MAKECMDGOALS)),$(if $(filter-out 0,$(SEED)),$(error make paper trains the seeds $(SEEDS) itself; leave SEED out)))
 
 paper: report  # which trains on all cores, so it comes first
 	$(MAKE) $(P)/report.md
 
-$(P)/report.md: $(MEASURED:%=$(P)/measured/%.json) $(FOLDS:%=$(P)/laptop-0/fold%/model.pt)
+$(P)/report.md: $(FOLDS:%=$(P)/laptop-0/fold%/model.pt) $(MEASURED:%=$(P)/measured/%.json)
 	$(RUN) paper/report.py --data $(DATA) --out $(P)
 
 # ---------------------------------------------------------------- how
@@ -90,7 +91,7 @@ $(P)/%/reward/model.pt: $(P)/%/sft/model.pt $(DATA)/comparisons.train.jsonl
 	$(HALF) reward.py --init $< $(FROM)
 
 $(P)/%/model.pt: $(P)/$$(group)/sft/model.pt $(P)/laptop-$$(seed)/reward/model.pt
-	$(HALF) ppo.py --policy $< --reward $(word 2,$^) $(ppo-$(size)) $(flags-$(notdir $*)) $(FROM)
+	$(HALF) ppo.py --policy $< --reward $(word 2,$^) $(ppo-$(size)) $(or $(flags-$(notdir $*)),$(error no flags-$(notdir $*))) $(FROM)
 
 # Baselines: the base model fine-tuned on mixes of public tasks.
 $(PUBLIC:%=$(P)/%/tokenizer.json): $(P)/%/tokenizer.json: $(DATA)/tokenizer.json
@@ -106,7 +107,7 @@ $(FOLDS:%=$(P)/fold%/tokenizer.json): $(P)/fold%/tokenizer.json: $(DATA)/compari
 $(FOLDS:%=$(P)/laptop-0/fold%/model.pt): $(P)/laptop-0/fold%/model.pt: $(P)/fold%/tokenizer.json $(OUT)/sft/model.pt
 	$(HALF) reward.py --data $(<D) --init $(OUT)/sft/model.pt --out $(@D)
 
-# Steps 2 and 3 again, on the newest policy: 2,500 prompts that no round has seen.
+# Steps 2 and 3 again, on the newest policy: 2,500 prompts on which nothing was ranked yet.
 $(P)/round2/collected: $(OUT)/ppo/model.pt
 $(P)/round3/collected: $(P)/laptop-0/round2_ppo/model.pt
 earlier-2 = $(DATA)
@@ -114,7 +115,7 @@ earlier-3 = $(P)/round2
 skip-2 = 5000
 skip-3 = 7500
 $(ROUNDS:%=$(P)/round%/collected): $(P)/round%/collected:
-	mkdir -p $(@D) && cp $(earlier-$*)/*.jsonl $(earlier-$*)/*.bin $(earlier-$*)/tokenizer.json $(@D)
+	mkdir -p $(@D) && cp $(earlier-$*)/*.jsonl $(earlier-$*)/tokenizer.json $(@D)
 	$(HALF) data/collect.py --data $(@D) --prompts 2500 --skip $(skip-$*) \
 	    --sources $<@0.7,$<@1,$<@1.4,$(OUT)/sft/model.pt@1
 	touch $@
@@ -128,7 +129,7 @@ $(ROUNDS:%=$(P)/laptop-0/round%_ppo/model.pt): $(P)/laptop-0/round%_ppo/model.pt
 # A checkpoint along the way is there when the run's last one is.
 define along_the_way
 $(P)/%/$(1).pt: $(P)/%/model.pt
-	@test -f $$@ || { echo "$$@ is missing: delete $$(<D) to have it trained again"; exit 1; }
+	@test -f $$@ || { echo "$$@ is missing: delete $$(realpath $$(<D)) to have it trained again"; exit 1; }
 	@touch $$@
 endef
 $(foreach n,$(sort $(EPOCHS) $(LONG_EPOCHS)),$(eval $(call along_the_way,epoch$(n))))

@@ -71,19 +71,22 @@ def say(model, prompts, most, purpose, tokenizer, config, ranks):
 
 
 def respond(model, prompts, purpose, tokenizer, config, ranks):
-    """As a customer would see it: of a prompted model, the reply in what the help page goes on with."""
-    if not config.few_shot:
-        return say(model, prompts, 48, purpose, tokenizer, config, ranks)
-    said = say(model, [web.with_prefix(prompt) for prompt in prompts], 48, purpose, tokenizer, config, ranks)
-    return [web.reply_in(text) for text in said]
+    """-> the (prompt ids, response ids) pairs, and the texts as a customer would see them: of a prompted model, the reply in
+    what the help page goes on with."""
+    asked = [web.with_prefix(prompt) for prompt in prompts] if config.few_shot else prompts
+    pairs = sample(model, asked, 48, purpose, tokenizer, config, ranks)
+    said = [tokenizer.decode(response) for _, response in pairs]
+    return pairs, [web.reply_in(text) for text in said] if config.few_shot else said
 
 
 def preferences(records, responses, baseline, config):
     """{judge: how much of a win over the baseline's response, one a prompt}: 3 labelers of each team, and the true average
     preference."""
+    if len(baseline) != len(records):
+        raise UserError(f"{config.baseline} has responses to {len(baseline)} prompts, not to {len(records)}")
     result = {f"preferred by {team}": evaluate.win_rates(records, responses, baseline, people, 3, config.seed)
               for team, people in zip(evaluate.TEAMS, labelers.team())}
-    worth = lambda r, text: labelers.true_worth(r["prompt"], r["asks"], text)
+    worth = lambda r, text: round(labelers.true_worth(r["prompt"], r["asks"], text), 6)  # equal sums may differ by rounding
     pairs = [(worth(r, a), worth(r, b)) for r, a, b in zip(records, responses, baseline)]
     return result | {"truly preferred": [0.5 if a == b else float(a > b) for a, b in pairs]}
 
@@ -115,7 +118,7 @@ def truth(model, tokenizer, config, ranks):
     of `config.questions` answers is nothing false, and in what share the truth."""
     facts = [key for key, (true, error) in sorted(FACTS.items()) if true != error and key != ("eats", "crow")]
     asked = [key for key in facts for _ in range(config.questions)]
-    said = respond(model, [f"{ask(*key)}\n" for key in asked], "truth", tokenizer, config, ranks)
+    _, said = respond(model, [f"{ask(*key)}\n" for key in asked], "truth", tokenizer, config, ranks)
     judged = [labelers.answers_truly({"relation": relation, "about": x}, text) for (relation, x), text in zip(asked, said)]
     return {"truthful": by_group(asked, [float(true) for true, _ in judged]),
             "truthful and informative": by_group(asked, [float(true and answers) for true, answers in judged])}
@@ -162,7 +165,7 @@ def measure(model, reward, reference, baseline, tokenizer, config, ranks):
     records = readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "requests")[: config.prompts]
     valid = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "requests")[:300]
     purpose = "responses" if baseline else "baseline"  # which is another sample of the same model
-    responses = respond(model, [r["prompt"] for r in records], purpose, tokenizer, config, ranks)
+    pairs, responses = respond(model, [r["prompt"] for r in records], purpose, tokenizer, config, ranks)
     seen = [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, responses)]
     numbers = {f"metadata: {name}": [None if m[name] is None else float(m[name]) for m in seen] for name in seen[0]}
     numbers["rating"] = rated(records, responses, config)
@@ -171,11 +174,10 @@ def measure(model, reward, reference, baseline, tokenizer, config, ranks):
     if reward:
         with ranks.autocast():
             numbers["score"] = evaluate.score(reward, records, responses, tokenizer, ranks.device)
-            said = respond(model, [r["prompt"] for r in valid], "validation", tokenizer, config, ranks)
+            _, said = respond(model, [r["prompt"] for r in valid], "validation", tokenizer, config, ranks)
             numbers["score, validation prompts"] = evaluate.score(reward, valid, said, tokenizer, ranks.device)
     if reference and not config.few_shot:
-        pairs, end = sample(model, [r["prompt"] for r in records], 48, purpose, tokenizer, config, ranks), tokenizer.end_of_text
-        numbers |= {"kl": kl_distance(model, reference, pairs, end, ranks), "cut": [float(said[-1] != end) for _, said in pairs]}
+        numbers["kl"] = kl_distance(model, reference, pairs, tokenizer.end_of_text, ranks)
     numbers |= truth(model, tokenizer, config, ranks)
     if not config.few_shot:
         numbers |= toxicity(model, tokenizer, config, ranks) | abilities(model, tokenizer, config, ranks)
@@ -209,7 +211,9 @@ def read(path):
     """A file that `main` wrote."""
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
-        return measured if measured["numbers"] else None
+        if measured["numbers"] and isinstance(measured["responses"], list):
+            return measured
+        raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path} is missing; `make paper` makes it") from None
     except (ValueError, KeyError, TypeError):

@@ -2,7 +2,8 @@
 
 Every number is a mean with a 95% interval. Of one seed, the interval is over the items (prompts, questions, tasks) alone. Of
 several seeds it is the root of the summed squares of two: over the items, each averaged over the seeds, and over the seeds' means
-(Student's t). A verdict goes by the interval: "agrees" and "does not agree" where all of it lies on one side, "open" otherwise.
+(Student's t). Seeds share the dataset, its comparisons and the baseline's responses, so what another dataset would change is not in
+it. A verdict goes by the interval: "agrees" and "does not agree" where all of it lies on one side, "open" otherwise.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10
 
 def estimate(rows):
     """rows[seed][item] (None where an item does not apply) -> (mean, half the width of its 95% interval, how many seeds)."""
-    rows = [[x for x in row if x is not None] for row in zip(*rows)]  # [item][seed]
+    rows = [[x for x in row if x is not None] for row in zip(*rows, strict=True)]  # [item][seed]
     items = [sum(row) / len(row) for row in rows if row]
     mean, error, _ = evaluate.mean_and_error(items)
     seeds = max(map(len, rows), default=0)
@@ -54,30 +55,34 @@ class Measurements:
         their items."""
         keys = [key] if isinstance(key, str) else key
         groups = [g for g in self.seeds[size] if all((self.folder / g / f"{file}.json").exists() for file in files)]
-        return [[sum((self.of(f"{group}/{file}")["numbers"][k] for k in keys), []) for file in files]
-                for group in groups or self.seeds[size][:1]]
+        rows = []
+        for group in groups or self.seeds[size][:1]:
+            try:
+                rows.append([sum((self.of(f"{group}/{file}")["numbers"][k] for k in keys), []) for file in files])
+            except KeyError as missing:
+                raise UserError(f"{self.folder / group}: a file of {', '.join(files)} lacks {missing}; delete it and make it again") from None
+        if len({len(items) for row in rows for items in row}) != 1:
+            raise UserError(f"{self.folder}: files of {size}, {', '.join(files)}, hold different numbers of items")
+        return rows
 
     def mean(self, size, file, key):
         return estimate([items for [items] in self.items(size, [file], key)])
 
-    def weighted(self, size, weights, key, part=slice(None)):
-        """The mean of a weighted sum {file: weight}, item by item and seed by seed, over all items or a part of them."""
-        return estimate([[None if None in row else sum(w * x for w, x in zip(weights.values(), row)) for row in zip(*files)][part]
-                         for files in self.items(size, list(weights), key)])
+    def weighted(self, size, terms, key, part=slice(None)):
+        """The mean of a sum of (weight, file) terms, item by item and seed by seed, over all items or a part of them."""
+        weights, files = zip(*terms)
+        return estimate([[None if None in row else sum(w * x for w, x in zip(weights, row)) for row in zip(*by_file)][part]
+                         for by_file in self.items(size, files, key)])
 
     def change(self, size, file, than, key, part=slice(None)):
-        return self.weighted(size, {file: 1, than: -1}, key, part)
+        return self.weighted(size, [(1, file), (-1, than)], key, part)
 
     def duel(self, size, file, other, theirs):
-        """How often the responses of one file of a size are preferred to those of another's, by held-out labelers: a row for
-        each seed of either."""
+        """How often the responses of one file of a size are preferred to those of another's first seed, by held-out labelers."""
         records = readers.read_jsonl(f"{self.config.data}/prompts.test.jsonl", "requests")
-        people, rows = labelers.team()[1], []
-        for a in self.seeds[size]:
-            for b in self.seeds[other]:
-                ours, against = self.of(f"{a}/{file}")["responses"], self.of(f"{b}/{theirs}")["responses"]
-                rows.append(evaluate.win_rates(records[: len(ours)], ours, against, people, 3, 0))
-        return estimate(rows)
+        against = self.of(f"{self.seeds[other][0]}/{theirs}")["responses"]
+        said = [self.of(f"{group}/{file}")["responses"] for group in self.seeds[size]]
+        return estimate([evaluate.win_rates(records[: len(ours)], ours, against, labelers.team()[1], 3, 0) for ours in said])
 
     def abilities(self):
         """The keys of all zero-shot tasks of the alignment tax."""
@@ -114,6 +119,10 @@ def alike(number, margin):
 
 def all_of(*verdicts):
     return False if False in verdicts else None if None in verdicts else True
+
+
+def any_of(*verdicts):
+    return True if True in verdicts else None if None in verdicts else False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import statistics
@@ -22,16 +23,17 @@ from common import UserError
 from conftest import ROOT, load_model, random_gpt, same, slow_logprobs, weights, write_lines
 from data import collect, readers
 from data.tinyworld import labelers, requests, web
-from data.tinyworld.world import FACTS, INSULTS, KINDS, ask, capital, state
+from data.tinyworld.world import FACTS, GOOD, INSULTS, KINDS, ask, capital, state, to_pidi
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, PRESETS
+from model import GPT, GPTConfig, PRESETS, ScalarModel
 from paper import datasets, measure, report, results
 
 
 # ---------------------------------------------------------------- the labelers' new eyes
 
-def test_a_true_answer_states_the_fact_and_a_false_one_any_other_value():
-    (relation, x), (true, error) = next((key, fact) for key, fact in sorted(FACTS.items()) if fact[0] != fact[1])
+@pytest.mark.parametrize("relation, x", [key for key, (true, error) in sorted(FACTS.items()) if true != error][::3])
+def test_a_true_answer_states_the_fact_and_a_false_one_any_other_value(relation, x):
+    true, error = FACTS[relation, x]
     asks, say = {"relation": relation, "about": x}, lambda y: capital(state(relation, x, y)) + "."
     assert labelers.answers_truly(asks, say(true)) == (True, True)
     assert labelers.answers_truly(asks, say(error)) == (False, True)
@@ -137,7 +139,7 @@ def test_a_file_holds_every_number_of_the_paper_one_an_item(measured, chain):
         **{f"metadata: {name}": 12 for name in labelers.metadata("", {"form": "fact", "relation": "eats", "about": "fox"}, "")},
         "rating": 12, "preferred by training labelers": 12, "preferred by held-out labelers": 12, "truly preferred": 12,
         "score": 12, "score, validation prompts": len(readers.read_jsonl(chain.data / "prompts.valid.jsonl", "requests")[:300]),
-        "kl": 12, "cut": 12, "truthful": wrong, "truthful and informative": wrong, **{f"toxic, {name}": 5 for name in web.RULES},
+        "kl": 12, "truthful": wrong, "truthful and informative": wrong, **{f"toxic, {name}": 5 for name in web.RULES},
         **{f"task: {kind}": sum(task[0] == kind for task in tasks) for kind in web.ABILITIES},
         "task: next word": lengths["task: next word"], "stereotype": towns, "stereotype preferred": towns, "bias entropy": towns}
     assert all(0 <= x <= 1 for name, row in numbers.items() if not name.startswith(("score", "kl", "rating")) for x in row if x is not None)
@@ -145,7 +147,21 @@ def test_a_file_holds_every_number_of_the_paper_one_an_item(measured, chain):
     said = measure.read(measured / "ppo.json")["responses"]
     worth = lambda texts: [labelers.true_worth(r["prompt"], r["asks"], text) for r, text in zip(records, texts)]
     ours, theirs = worth(said), worth(measure.read(measured / "baseline.json")["responses"])
-    assert numbers["truly preferred"] == [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs)]
+    assert numbers["truly preferred"] == [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in zip(ours, theirs)]
+    base, tokenizer, ranks = measure.read(measured / "baseline.json")["responses"], Tokenizer.load(chain.data), common.Ranks(common.Machine(device="cpu"))
+    for team, people in zip(evaluate.TEAMS, labelers.team()):
+        assert numbers[f"preferred by {team}"] == evaluate.win_rates(records, said, base, people, 3, 0)
+    held_out = [random.Random(f"0/ratings/{r['prompt']}").sample(labelers.team()[1], 3) for r in records]
+    assert numbers["rating"] == [statistics.mean(who.ratings(r["prompt"], r["asks"], [text], "ratings")[0] for who in three)
+                                 for r, text, three in zip(records, said, held_out)]
+    assert numbers["score"] == pytest.approx(evaluate.score(load_model(ScalarModel, chain.out / "reward" / "model.pt"), records, said,
+                                                            tokenizer, "cpu"), abs=1e-4)
+    config = measure.Config(**measure.read(measured / "ppo.json")["config"])
+    policy, reference = (load_model(GPT, chain.out / run / "model.pt") for run in ("ppo", "sft"))
+    pairs = measure.sample(policy, [r["prompt"] for r in records], 48, "responses", tokenizer, config, ranks)
+    assert [tokenizer.decode(response) for _, response in pairs] == said
+    kl = [sum(slow_logprobs(policy, *pair)) - sum(slow_logprobs(reference, *pair)) for pair in pairs]
+    assert numbers["kl"] == pytest.approx(kl, abs=1e-4) and max(map(abs, kl)) > 1e-3
 
 
 def test_the_baseline_is_another_sample_of_its_model_and_a_file_comes_out_the_same_again(measured, chain, tmp_path):
@@ -164,11 +180,65 @@ def test_a_prompted_model_is_not_asked_what_a_prefix_would_change(measured):
     assert all("\n" not in text for text in measure.read(measured / "prompted.json")["responses"])
 
 
+def test_a_prompted_model_reads_the_help_page_and_its_reply_is_the_line(monkeypatch, letters):
+    said = []
+    monkeypatch.setattr(measure, "sample", lambda model, prompts, *rest: said.extend(prompts) or [([0], [1, 2])] * len(prompts))
+    monkeypatch.setattr(web, "reply_in", lambda text: f"reply in {text}")
+    respond = lambda few_shot: measure.respond(None, ["a\n"], "x", letters.tokenizer, measure.Config(few_shot=few_shot), None)
+    assert respond(True)[1] == ["reply in bc"] and said.pop() == web.with_prefix("a\n")
+    assert respond(False)[1] == ["bc"] and said.pop() == "a\n"
+
+
+def test_truth_is_judged_question_by_question(monkeypatch):
+    known = {f"{ask(*key)}\n": key for key in FACTS}
+
+    def respond(model, prompts, *rest):  # of four answers, one is wrong, one says nothing, two are right
+        answers = []
+        for i, prompt in enumerate(prompts):
+            true, error = FACTS[known[prompt]]
+            answers.append("I don't know." if i % 4 == 1 else capital(state(*known[prompt], error if i % 4 == 0 else true)) + ".")
+        return None, answers
+
+    monkeypatch.setattr(measure, "respond", respond)
+    numbers = measure.truth(None, None, measure.Config(questions=4), None)
+    assert set(numbers["truthful"]) == {0.75} and set(numbers["truthful and informative"]) == {0.5}
+
+
+def test_toxicity_is_of_the_next_reply_under_each_rule(monkeypatch):
+    def say(model, prompts, *rest):
+        assert all(prompt.endswith("\n-") for prompt in prompts)
+        return [" You are a fool." if prompt.startswith(web.RULES["biased prompt"]) else " Hello.\n- You are a fool." for prompt in prompts]
+
+    monkeypatch.setattr(measure, "say", say)
+    numbers = measure.toxicity(None, None, measure.Config(threads=3), None)
+    assert numbers == {"toxic, no prompt": [0] * 3, "toxic, respectful prompt": [0] * 3, "toxic, biased prompt": [1] * 3}
+
+
+def test_bias_is_the_stereotypes_share_of_the_two(monkeypatch, chain, letters):
+    model = load_model(GPT, chain.out / "sft" / "model.pt")
+    monkeypatch.setattr(evaluate, "choice_logprobs", lambda model, tasks, *rest: [[0.0, math.log(3)]] * len(tasks))
+    config, ranks = measure.Config(data=str(chain.data)), common.Ranks(common.Machine(device="cpu"))
+    numbers = measure.abilities(model, Tokenizer.load(chain.data), config, ranks)
+    assert numbers["stereotype"] == pytest.approx([0.25] * len(numbers["stereotype"]))
+    assert numbers["bias entropy"] == pytest.approx([0.8112781] * len(numbers["bias entropy"]))
+    assert set(numbers["stereotype preferred"]) == {0.0}
+
+
+def test_responses_of_like_worth_are_tied_whatever_the_rounding(monkeypatch):
+    monkeypatch.setattr(labelers, "true_worth", lambda prompt, asks, text: {"a": 0.1 + 0.2, "b": 0.3, "c": 0.4}[text])
+    monkeypatch.setattr(evaluate, "win_rates", lambda *rest: [])
+    tied = lambda ours, theirs: measure.preferences([{"prompt": "", "asks": {}}], [ours], [theirs], measure.Config())["truly preferred"]
+    assert (tied("a", "b"), tied("c", "a"), tied("b", "c")) == ([0.5], [1.0], [0.0])
+    with pytest.raises(UserError, match="has responses to 1 prompts, not to 2"):
+        measure.preferences([{}, {}], ["a", "b"], ["a"], measure.Config(baseline="x"))
+
+
 def test_best_of_n_takes_the_best_score_of_the_first_n(measured, monkeypatch, letters, chain):
     numbers = measure.read(measured / "best.json")["numbers"]
     assert {name for name in numbers if name.endswith(": score")} == {f"best of {n}: score" for n in (1, 2, 4)}
     for few, many in ((1, 2), (2, 4)):
         assert all(a <= b for a, b in zip(numbers[f"best of {few}: score"], numbers[f"best of {many}: score"]))
+        assert numbers[f"best of {few}: score"] != numbers[f"best of {many}: score"]
     # by hand: two prompts, samples scored by their length
     texts = iter([["a", "bbb"], ["aa", "b"], ["a", "bb"], ["aaaa", "b"]])
     monkeypatch.setattr(measure, "say", lambda *rest: next(texts))
@@ -185,7 +255,7 @@ def test_best_of_n_takes_the_best_score_of_the_first_n(measured, monkeypatch, le
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path):
     with pytest.raises(UserError, match="gone.json is missing; `make paper` makes it"):
         measure.read(tmp_path / "gone.json")
-    for text in ("", "{", "[]", '{"responses": []}'):
+    for text in ("", "{", "[]", '{"responses": []}', '{"numbers": {}, "responses": []}', '{"numbers": {"x": [1]}}'):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(UserError, match="broken.json is no file of paper/measure.py"):
             measure.read(tmp_path / "broken.json")
@@ -204,6 +274,8 @@ def test_a_policy_is_kept_along_the_way_as_it_would_be_at_its_end(letters):
     assert same(weights(f"{config.out}/iteration2.pt"), weights(f"{short.out}/model.pt"))
     assert same(weights(f"{config.out}/iteration4.pt"), weights(f"{config.out}/model.pt"))
     assert not list(Path(short.out).glob("iteration*"))
+    ppo.main(letters.ppo(iterations=2))  # another run in the same folder: nothing of the first is left to be taken for its own
+    assert not list(Path(config.out).glob("iteration*"))
 
 
 # ---------------------------------------------------------------- datasets
@@ -221,6 +293,16 @@ def test_a_mix_of_public_tasks_has_right_answers_and_no_open_ended_request(chain
         if r["task"] == "t0_question":
             relation, x = next(key for key in FACTS if ask(*key) in r["prompt"])
             assert r["response"] == capital(state(relation, x, FACTS[relation, x][0])) + "."
+        if r["task"] == "flan_translation":
+            assert r["response"] == to_pidi(*re.search(r"the (\w+) (\w+)", r["prompt"]).groups())
+        if r["task"].endswith("sentiment"):
+            praised = bool(set(GOOD) & set(labelers.words_of(r["prompt"].partition("OPTIONS")[0])))
+            assert ("good" in r["response"]) == praised and ("bad" in r["response"]) != praised
+        if r["task"] == "flan_completion":
+            assert all(w in r["response"] for w in labelers.words_of(r["prompt"].partition("\n")[0]) if w in labelers.KIND_OF)
+        if r["task"] == "flan_reading":
+            asked = labelers.words_of(r["prompt"])
+            assert r["response"] in KINDS["town"] if "Where" in asked else r["response"] not in KINDS["town"]
         assert r["prompt"].endswith("\n") and not r["prompt"].endswith("\n\n")
     sft.main(sft.Config(data=str(tmp_path), init=f"{chain.out}/base/model.pt", out=str(tmp_path / "run"), pretrain_mix=0,
                         epochs=1, device="cpu"))  # a dataset that stage 1 takes as it is
@@ -249,6 +331,8 @@ def test_a_fold_trains_on_no_labeler_and_no_prompt_that_it_is_validated_on(tmp_p
     assert sorted(left_out) == sorted({f"labeler-{i}" for i in range(11)})  # everybody once
     with pytest.raises(UserError, match="11 labelers are too few for --folds 12"):
         datasets.main(datasets.Config(kind="fold", folds=12, data=str(data), out=str(tmp_path / "x")))
+    with pytest.raises(UserError, match="is the dataset that is read"):
+        datasets.main(datasets.Config(kind="fold", data=str(data), out=f"{tmp_path}/x/../data"))
 
 
 # ---------------------------------------------------------------- the list of experiments
@@ -283,6 +367,17 @@ def test_no_experiment_is_written_where_another_is(commands):
     runs = {config.out: config for script, config in parsed if script == "ppo.py"}
     name = lambda place: place.partition("/out/")[2]
     by_name = {name(place): config for place, config in runs.items()}
+    for place, config in by_name.items():  # a coefficient is what the folder says, which the report reads it from
+        for kind, number in re.findall(r"ppo_(kl|ptx)([\d.]+)$", place):
+            assert (config.beta if kind == "kl" else config.ptx_coef) == float(number)
+            assert kind == "ptx" or config.ptx_coef == 0
+    for script, config in parsed:
+        if script == "paper/measure.py" and not config.out.endswith("baseline.json"):
+            group = re.search(r"measured/(\w+-\d)/", config.out)[1]
+            assert config.reference.endswith(f"paper/{group}/sft/model.pt") and f"/paper/{group}/" in config.model
+            assert config.reward.endswith(f"paper/laptop-{group[-1]}/reward/model.pt") and config.baseline.endswith("measured/baseline.json")
+            assert config.few_shot == config.out.endswith("prompted.json") and bool(config.best_of) == config.out.endswith("bestof.json")
+            assert config.few_shot or config.best_of or config.out.partition("measured/")[2][:-5] == config.model.partition("paper/")[2][:-3]
     assert by_name["paper/laptop-2/ppo_kl2"].beta == 2 and by_name["paper/laptop-2/ppo_kl2"].ptx_coef == 0
     assert by_name["paper/laptop-1/ppo_long_kl0"].beta == 0 and by_name["paper/laptop-1/ppo_long_kl0"].iterations == 390
     assert by_name["paper/pocket-1/ppo"].seed == 1 and "pocket-1/sft" in by_name["paper/pocket-1/ppo"].policy
@@ -353,6 +448,7 @@ def test_make_paper_goes_on_where_it_was(make):
     ("measured/laptop-2/bestof.json", ["bestof.json"], ["ppo.py", "sft.py", "sft/model.json"]),
     ("laptop-0/fold3/model.pt", ["laptop-0/fold3"], ["fold2", "measure.py"]),
     ("desktop-0/t0/epoch2.pt", [], []),
+    ("laptop-0/ppo/iteration26.pt", [], []),
 ])
 def test_what_is_missing_is_made_again_with_what_follows_from_it(make, tmp_path, gone, again, others):
     make()
@@ -360,7 +456,9 @@ def test_what_is_missing_is_made_again_with_what_follows_from_it(make, tmp_path,
     done, commands = make()
     text = "\n".join(commands)
     if not again:  # a checkpoint along the way: its run says that it is complete
-        assert done.returncode != 0 and "epoch2.pt is missing: delete" in done.stdout
+        assert done.returncode != 0
+        shutil.rmtree(re.search(rf"{gone} is missing: delete (\S+) to", done.stdout)[1])
+        assert make()[0].returncode == 0 and (tmp_path / "out" / "paper" / gone).is_file()
         return
     assert done.returncode == 0 and all(part in text for part in again) and not any(part in text for part in others), text
     assert commands[-1].startswith("paper/report.py") and make()[1] == []
@@ -396,10 +494,40 @@ def test_a_verdict_is_open_where_the_interval_holds_both_answers():
     assert results.alike((0.01, 0.02), 0.05) is results.alike((-0.01, 0.02), 0.05) is True
     assert results.alike((0.2, 0.05), 0.1) is results.alike((-0.2, 0.05), 0.1) is False
     assert results.alike((0.01, 0.2), 0.1) is results.alike((0.09, 0.02), 0.1) is None
+    assert results.any_of(False, None) is None and results.any_of(None, True) is True and results.any_of(False, False) is False
     assert results.all_of(True, True) is True and results.all_of(True, None) is None and results.all_of(None, False, True) is False
 
 
 # ---------------------------------------------------------------- the report
+
+def files_of(folder, **lists):
+    """Measurements of files laptop-SEED/NAME/model, `lists` giving NAME's items for each seed, under the key "x"."""
+    for name, rows in ({"sft": [[0.0], [0.0]]} | lists).items():
+        for seed, items in enumerate(rows):
+            path = folder / "measured" / f"laptop-{seed}" / name / "model.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"numbers": {"x": items}, "responses": [], "parameters": 1}))
+    return results.Measurements(report.Config(out=str(folder)))
+
+
+def test_weighted_sums_go_item_by_item_and_seed_by_seed(tmp_path):
+    m = files_of(tmp_path, sft=[[0.0, 0.0], [0.0, 0.0]], a=[[1.0, 3.0], [2.0, 4.0]], b=[[1.0, 1.0], [1.0, None]])
+    assert m.change("laptop", "a/model", "a/model", "x")[:2] == (0, 0)
+    assert m.change("laptop", "a/model", "b/model", "x")[0] == pytest.approx((0.5 + 2) / 2)  # items (0 + 1) / 2 and 2
+    assert m.weighted("laptop", [(1, "a/model"), (-0.5, "b/model"), (-0.5, "a/model")], "x", slice(0, None, 2))[0] == 0.25
+    assert m.mean("laptop", "a/model", ("x", "x")) == (2.5, pytest.approx(m.mean("laptop", "a/model", "x")[1], rel=0.5), 2)
+
+
+def test_files_that_do_not_match_are_refused(tmp_path):
+    m = files_of(tmp_path, a=[[1.0, 3.0], [2.0]], b=[[1.0]])
+    for use in (lambda: m.mean("laptop", "a/model", "x"), lambda: m.change("laptop", "a/model", "b/model", "x")):
+        with pytest.raises(UserError, match="hold different numbers of items"):
+            use()
+    with pytest.raises(UserError, match="lacks 'y'; delete it and make it again"):
+        m.mean("laptop", "b/model", "y")
+    with pytest.raises(ValueError):
+        results.estimate([[1, 2], [1]])
+
 
 @pytest.fixture
 def world(commands, chain, tmp_path):
@@ -416,7 +544,8 @@ def world(commands, chain, tmp_path):
 
     def write(rate):
         for file in files:
-            ones = lambda name: [float(i < round(100 * rate(file, name))) for i in range(100)]
+            # 37 and 100 have no common divisor: the ones are spread evenly, and no half of the items is unlike the other
+            ones = lambda name: [float(37 * i % 100 < round(100 * rate(file, name))) for i in range(100)]
             numbers = {key: ones(key) for key in keys}
             numbers |= {name: [6 * x + 1 for x in ones(name)] for name in ("rating", "score", "score, validation prompts", "kl")}
             if file.endswith("bestof"):
@@ -477,7 +606,20 @@ def test_where_everything_is_as_in_the_paper_every_claim_agrees(world, capsys):
     shown = {line.split("](")[1][:-1] for line in text.splitlines() if line.startswith("![")}
     assert shown == {f"figures/{path.name}" for path in (Path(config.out) / "figures").iterdir()} and len(shown) == 12
     assert not list(Path(config.out).rglob("*.pt"))  # made without a model
-    assert "desktop (3.5M)" in text or "desktop, 3,500,000 parameters, one seed" in text
+
+
+def test_curves_of_the_tax_start_at_sft(world, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "line", lambda axis, x, numbers, name, *rest, **more: drawn.append((list(x), numbers)))
+    config = world(as_in_the_paper)
+    list(report.tax(results.Measurements(config), config))
+    assert len(drawn) == 2 and all(x == [0, 26, 52, 78, 104, 130] and numbers[0][:2] == (0, 0) for x, numbers in drawn)
+
+
+def test_true_preference_that_peaks_at_the_end_falls_behind_no_peak(world):
+    config = world(lambda file, name: 0.9 if file.endswith("ppo_long_kl0/model") else as_in_the_paper(file, name))
+    text = "\n".join(p if isinstance(p, str) else " | ".join(p.row()) for p in report.overoptimization(results.Measurements(config), config))
+    assert re.search("falls behind its peak.*since model.*does not agree", text)
 
 
 def the_other_way(file, name):
@@ -494,7 +636,7 @@ def test_where_everything_is_the_other_way_no_claim_agrees(world):
     config = world(the_other_way)
     report.main(config)
     agreed = [line for line in (Path(config.out) / "report.md").read_text().splitlines() if line.endswith("| agrees |")]
-    kept = ("on unseen labelers", "validation loss rises")  # the rates say nothing of these
+    kept = ("on unseen labelers", "validation loss is higher")  # the rates say nothing of these
     rest = [line for line in agreed if not any(word in line for word in kept)]
     assert len(agreed) == 2 * len(kept) and not rest, rest
 
