@@ -1,6 +1,7 @@
 # Figure 2 of the paper as targets: each stage depends on the checkpoint that it starts from.
-# `make` trains everything on the built-in world and writes out/report.md; `make test` runs the tests; `make bench` measures
-# speed and memory beside others. Each sets up .venv first. PYTHON=python3.12 make ... chooses another Python (3.11 or newer).
+# `make` trains everything on the built-in world and writes out/report.md; `make paper` goes on with the paper's experiments;
+# `make test` runs the tests; `make bench` measures speed and memory beside others. Each sets up .venv first.
+# PYTHON=python3.12 make ... chooses another Python (3.11 or newer).
 
 PYTHON ?= python3
 RUN = .venv/bin/python

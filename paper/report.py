@@ -354,8 +354,11 @@ def overoptimization(m, config):
             x = [max(0.0, p[0][0]) ** 0.5 for p in points[name]]
             line(axes[0], x, [p[1] for p in points[name]], name, style, colour, scale=1)
             line(axes[1], x, [p[2] for p in points[name]], name, style, colour)
-        axes[0].set(xlabel="√KL from SFT (√nats a response)", ylabel="reward-model score")
-        axes[1].set(xlabel="√KL from SFT (√nats a response)", ylabel="truly preferred to the largest SFT (%)")
+        for axis, label in zip(axes, ("reward-model score", "truly preferred to the largest SFT (%)")):
+            axis.set(xlabel="√KL from SFT (√nats a response), linear up to 2", ylabel=label)
+            axis.set_xscale("symlog", linthresh=2)
+            axis.set_xticks([0, 0.5, 1, 1.5, 2, 4, 8, 16], ["0", "0.5", "1", "1.5", "2", "4", "8", "16"])
+            axis.minorticks_off()
     yield "## Over-optimization of the reward model (3.4)"
     yield "![over-optimization](figures/overoptimization.png)"
     for name in names.values():
@@ -397,14 +400,13 @@ def sft_epochs(m, config):
         right.set(ylabel="reward-model score, validation prompts")
     yield "## SFT epochs (3.4)"
     yield "![SFT epochs](figures/epochs.png)"
-    yield table(["epoch", *map(str, epochs)], [["validation loss", *(f"{losses[n - 1][0]:.4f} ± {losses[n - 1][1]:.4f}" for n in epochs)],
+    yield table(["epoch", *map(str, epochs)], [["validation loss", *(f"{losses[n - 1][0]:.4f}" for n in epochs)],
                                                ["reward-model score", *map(plain, scores)]])
     yield f"At the laptop's size, {seeds_of(scores[-1])}; dropout 0.2 (C.1)."
     lowest = min(range(len(losses)), key=lambda i: losses[i][0])
     rise = estimate([[log[-1]["valid_loss"] - log[3]["valid_loss"]] for log in logs])
     yield Claim("validation loss is higher after 16 epochs than after 4, the default", "it rises after 1 epoch",
-                f"{rise[0]:+.4f} ± {rise[1]:.4f}; lowest after epoch {lowest + 1}",
-                None if len(logs) == 1 else above(rise))
+                f"{rise[0]:+.4f}; lowest after epoch {lowest + 1}", None if len(logs) == 1 else above(rise))
     climb = m.change(size, files[-1], "sft16/epoch1", "score, validation prompts")
     yield Claim("reward-model score is higher after 16 epochs than after 1", "higher", plain(climb, True), above(climb))
 
