@@ -379,6 +379,7 @@ def test_no_experiment_is_written_where_another_is(commands):
             assert config.reward.endswith(f"paper/laptop-{group[-1]}/reward/model.pt") and config.baseline.endswith("measured/baseline.json")
             assert config.few_shot == config.out.endswith("prompted.json") and bool(config.best_of) == config.out.endswith("bestof.json")
             assert config.few_shot or config.best_of or config.out.partition("measured/")[2][:-5] == config.model.partition("paper/")[2][:-3]
+    assert (ppo.Config().beta, ppo.Config().ptx_coef) == (0.1, 0.5)  # where report.coefficients puts the default run
     assert by_name["paper/laptop-2/ppo_kl2"].beta == 2 and by_name["paper/laptop-2/ppo_kl2"].ptx_coef == 0
     assert by_name["paper/laptop-1/ppo_long_kl0"].beta == 0 and by_name["paper/laptop-1/ppo_long_kl0"].iterations == 390
     assert by_name["paper/pocket-1/ppo"].seed == 1 and "pocket-1/sft" in by_name["paper/pocket-1/ppo"].policy
