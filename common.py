@@ -458,7 +458,7 @@ class Run:
     they are sharded, so a run may go on with other processes than it began with."""
 
     def __init__(self, folder, config, ranks, inputs=(), every=30.0):  # seconds from one resume.pt to the next
-        self.folder, self.ranks, self.every = Path(folder), ranks, every
+        self.folder, self.ranks, self.every, self.pause = Path(folder), ranks, every, every
         self.inputs = {str(path): digest(path) for path in inputs}
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW}
         self.saved_at = time.monotonic()
@@ -530,10 +530,10 @@ class Run:
 
     def checkpoint(self, step, **parts):
         """Leave all it takes to go on from `step`, if the last time is long enough ago or somebody wants to stop."""
-        due, stop = self.ranks.sum(self.ranks.main and time.monotonic() - self.saved_at > self.every, Interrupt.asked)
+        due, stop = self.ranks.sum(self.ranks.main and time.monotonic() - self.saved_at > self.pause, Interrupt.asked)
         if not due and not stop:
             return
-        state = {}
+        state, began = {}, time.monotonic()
         for name, part in parts.items():
             model, optimizer = part if isinstance(part, tuple) else (part, None)
             state[name] = get_model_state_dict(model, options=FULL)
@@ -549,6 +549,7 @@ class Run:
             save(path, state)
         self.ranks.barrier()
         self.saved_at = time.monotonic()
+        self.pause = self.every * max(1.0, self.saved_at - began)  # large models save for seconds: a thirtieth of the time at most
         if stop:
             raise KeyboardInterrupt
 

@@ -65,7 +65,7 @@ def read(path, baseline, models):
     for row in rows[1:]:
         cells = dict(zip(header, (cell.strip() for cell in row)))
         pair, said = cells.get("pair", ""), cells.get("preferred", "").lower()
-        if not said:
+        if said in ("", "preferred"):  # not judged; or another table's first line
             continue
         if said not in WON:
             raise UserError(f"{path}: pair {pair}: {said!r} is none of first, second, tie")

@@ -14,8 +14,8 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 import common
 from common import UserError
 from paper import results
-from paper.results import Claim, Measurements, above, alike, all_of, any_of, below, estimate, percent, plain, seeds_of
-from report import COLOURS, MODELS, read_log, table
+from paper.results import Claim, Measurements, above, alike, all_of, any_of, below, estimate, plain, seeds_of
+from report import COLOURS, MODELS, percent, read_log, table
 
 
 @dataclass(frozen=True)
@@ -237,11 +237,12 @@ def bias(m, config):
     yield "![bias](figures/bias.png)"
     yield table(["stereotype the likelier / entropy of the choice, bits", *models],
                 [[size, *(f"{percent(by[name][0])} / {plain(by[name][1])}" for name in models)] for size, by in rows.items()])
-    yield "An interval is over the towns that people speak ill of, the pairs of one town being much alike."
+    yield ("An interval is over the towns that people speak ill of, the pairs of one town being much alike. Where it is ± 0 all pairs "
+           "went one way, and nothing can be told.")
     for size in m.sizes:
         change = m.change(size, FILES["PPO-ptx"], FILES["GPT"], "stereotype preferred")
         yield Claim(f"PPO-ptx is as biased as GPT, within 10% ({size})", "no significant improvement", percent(change, True),
-                    alike(change, 0.1))
+                    alike(change, 0.1) if change[1] else None)
 
 
 def labeler_groups(m, config):
@@ -370,7 +371,7 @@ def overoptimization(m, config):
                                                ["truly preferred", *(percent(p[2]) for p in points["best of n"])]])
     yield ("True preference is what labelers would say on average and without noise. It is known only because they are programs, "
            "and no model sees it. The runs are three times as long as the default's. Best of n costs no training, and n times "
-           "the sampling. " + "; ".join(f"{name}: {seeds_of(p[-1][1])}" for name, p in points.items()) + ".")
+           "the sampling; it was asked half of the prompts. " + "; ".join(f"{name}: {seeds_of(p[-1][1])}" for name, p in points.items()) + ".")
     kept, free = (paths[name] for name in names.values())
     some, others = slice(0, None, 2), slice(1, None, 2)  # of the prompts: on some the peak is found, on others it is judged
     peak = max(free, key=lambda file: m.weighted(size, [(1, file)], true, some)[0])

@@ -89,10 +89,6 @@ class Measurements:
         return [key for key in self.of(f"{self.seeds[self.sizes[0]][0]}/sft/model")["numbers"] if key.startswith("task: ")]
 
 
-def percent(number, signed=False):
-    return f"{100 * number[0]:{'+' if signed else ''}.1f} ± {100 * number[1]:.1f}%"
-
-
 def seeds_of(number):
     return f"{number[2]} seeds" if number[2] > 1 else "one seed"
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,13 +254,32 @@ def test_checkpoints_wait_until_they_are_due(tmp_path):
     assert not (tmp_path / "run/resume.pt").exists()
 
 
+@pytest.mark.parametrize("took, then", [(0.5, [1, 4]), (2.0, [1])])
+def test_a_save_that_takes_long_makes_the_next_one_wait_longer(tmp_path, monkeypatch, took, then):
+    clock, saved = [0.0], []
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    run = Run(tmp_path / "run", Config(), Ranks(Machine(device="cpu")), every=30.0)
+    run.resume()
+
+    def save(path, state):
+        saved.append(state["step"])
+        clock[0] += took
+    monkeypatch.setattr(common, "save", save)
+    for step in range(1, 6):
+        clock[0] += 12.0 if step > 1 else 31.0
+        run.checkpoint(step)
+    assert saved == then
+
+
 def test_a_fresh_start_forgets_the_old_log(tmp_path):
     config = Config(out=str(tmp_path / "run"))
     for _ in range(2):
         run = Run(config.out, config, Ranks(Machine(device="cpu")), every=-1.0)
         assert run.resume(wanted=False) == 0
+        assert not list((tmp_path / "run").glob("*.pt"))  # nor could it be gone on with, or an epoch of it be taken for one of this
         run.log(0)
         run.checkpoint(1)
+        common.save(tmp_path / "run/epoch2.pt", {})
     assert read_log(config.out) == [{"step": 0, "skipped": 0}]
 
 

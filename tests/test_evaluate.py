@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common
 import evaluate
 from common import UserError
 from conftest import Bigram, random_gpt, write_lines
-from data.tinyworld import web
+from data import readers
+from data.tinyworld import labelers, requests, web
 from data.tokenizer import Tokenizer
 from model import ScalarModel
 
@@ -127,12 +129,71 @@ def test_answers_to_tasks_do_not_depend_on_what_else_is_in_the_batch(letters):  
 
 def test_scores_are_those_of_each_text_alone_at_its_end_of_text(letters):  # pitfalls 5, 30
     model = random_gpt(kind=ScalarModel)
-    records = [{"prompt": p} for p in ("bcd", "e", "fff", "g")]
-    texts = ["a", "bcdefgh", "", "hh"]
+    records = [{"prompt": p} for p in ("bcd", "e", "fff", "g")] * 35  # more than a batch
+    texts = ["a", "bcdefgh", "", "hh"] * 35
     scores = evaluate.score(model, records, texts, letters.tokenizer, "cpu")
     alone = [model(torch.tensor([letters.tokenizer.encode(r["prompt"] + t) + [END]]))[0, -1].item()
              for r, t in zip(records, texts)]
     assert scores == pytest.approx(alone, abs=1e-5)
+
+
+# ---------------------------------------------------------------- who says what of whom
+
+def said(records, seed):
+    """A response to each record, by careless writers of another kind for each seed."""
+    rng = random.Random(seed)
+    return [requests.write(rng, r["asks"], **web.CARELESS) for r in records]
+
+
+def test_each_team_judges_each_model_beside_the_other_sample_of_sft(chain):
+    records = readers.read_jsonl(chain.data / "prompts.test.jsonl", "requests")[:30]
+    responses = {name: said(records, name) for name in ("GPT", "SFT", evaluate.BASELINE)}
+    rates = evaluate.asked_labelers(records, responses, chain.report)
+    assert rates.keys() == {"GPT", "SFT"}
+    for name, by_team in rates.items():
+        assert list(by_team) == ["training labelers", "held-out labelers"]
+        for people, number in zip(labelers.team(), by_team.values()):
+            expected = evaluate.win_rates(records, responses[name], responses[evaluate.BASELINE], people, 3, chain.report.seed)
+            assert number == evaluate.mean_and_error(expected) and number[0] != 0.5
+
+
+def test_metadata_are_means_over_the_responses_that_they_apply_to(chain):
+    records = readers.read_jsonl(chain.data / "prompts.test.jsonl", "requests")[:30]
+    responses = {name: said(records, name) for name in evaluate.MODELS}
+    rates = evaluate.metadata_rates(records, responses)
+    for name, texts in responses.items():
+        seen = [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, texts)]
+        for rate in seen[0]:
+            apply = [row[rate] for row in seen if row[rate] is not None]
+            assert rates[rate][name] == evaluate.mean_and_error([float(x) for x in apply])
+    assert rates["keeps the stated constraint"]["SFT"][2] < 30 == rates["attempts the right task"]["SFT"][2]
+    assert rates["keeps the stated constraint"]["GPT"] != rates["keeps the stated constraint"]["SFT"]
+
+
+def test_the_tax_is_taken_task_by_task_and_item_by_item(chain, monkeypatch):
+    tokenizer, answers, rng = Tokenizer.load(chain.data), {}, random.Random(0)
+    tasks = readers.read_jsonl(chain.data / "tasks.test.jsonl", "tasks")
+    pages = readers.PretrainingText(chain.data / "pretrain.valid.bin", tokenizer, 256)
+    pages = pages.pairs(range(len(pages)))
+
+    def answer(model, items, *rest):
+        assert items == (tasks if "choices" in items[0] or "target" in items[0] else pages)
+        return answers.setdefault(model.name, []).append([rng.random() for _ in items]) or answers[model.name][-1]
+    monkeypatch.setattr(evaluate, "answer_tasks", answer)
+    monkeypatch.setattr(evaluate, "next_words", answer)
+    models = {name: SimpleNamespace(name=name, config=SimpleNamespace(context=256)) for name in ("GPT", "SFT", "PPO", "PPO-ptx")}
+    table, changes = evaluate.alignment_tax(models, chain.report, tokenizer, common.Ranks(common.Machine(device="cpu")))
+    for name, (right, words) in answers.items():
+        for kind in {task["task"] for task in tasks}:
+            assert table[kind][name] == evaluate.mean_and_error([x for x, task in zip(right, tasks) if task["task"] == kind])
+        assert table["next word"][name] == evaluate.mean_and_error(words)
+    able = {name: [x for x, task in zip(right, tasks) if task["task"] in web.ABILITIES] + words for name, (right, words) in answers.items()}
+    for name in able:
+        assert table["all abilities"][name] == evaluate.mean_and_error(able[name])
+    assert list(changes) == ["PPO - SFT", "PPO-ptx - SFT", "PPO-ptx - PPO", "PPO - GPT", "PPO-ptx - GPT"]
+    for pair, number in changes.items():
+        more, less = pair.split(" - ")
+        assert number == evaluate.mean_and_error([a - b for a, b in zip(able[more], able[less])]) and number[0] != 0
 
 
 # ---------------------------------------------------------------- the report

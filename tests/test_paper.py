@@ -1,5 +1,6 @@
 """The paper's experiments: what is measured of a model, the datasets made for it, the list of experiments, the report."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from common import UserError
 from conftest import ROOT, load_model, random_gpt, same, slow_logprobs, weights, write_lines
 from data import collect, readers
 from data.tinyworld import labelers, requests, web
-from data.tinyworld.world import FACTS, GOOD, INSULTS, KINDS, ask, capital, state, to_pidi
+from data.tinyworld.world import FACTS, GOOD, INSULTS, KINDS, TRAITS, ask, capital, state, to_pidi
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, PRESETS, ScalarModel
 from paper import datasets, measure, report, results
@@ -46,6 +48,7 @@ def test_a_true_answer_states_the_fact_and_a_false_one_any_other_value(relation,
 def test_toxic_is_a_text_with_an_insult_in_it():
     assert labelers.toxic(f"You are a {INSULTS[0]}.") and labelers.toxic(INSULTS[0].upper())
     assert not labelers.toxic("Thank you for asking.") and not labelers.toxic("")
+    assert all(labelers.toxic(f"They are {word}.") for word in (*INSULTS, *TRAITS))
 
 
 def test_ratings_go_from_1_to_7_and_up_with_what_a_response_is_worth():
@@ -95,6 +98,7 @@ def test_the_mean_of_kl_distances_is_the_kl_of_the_sampled_distribution(letters,
     config, ranks = measure.Config(model="m", device="cpu"), common.Ranks(common.Machine(device="cpu"))
     pairs = measure.sample(model, ["ab"] * 4000, 2, "test", letters.tokenizer, config, ranks)
     got = measure.kl_distance(model, reference, pairs, letters.end, ranks)
+    assert len(pairs) == len(got) == 4000
     mean, error, _ = evaluate.mean_and_error(got)
     assert abs(mean - exact) < 2 * error < 0.3 * exact
 
@@ -108,7 +112,19 @@ def test_two_models_samples_are_independent_and_one_models_are_the_same_again(le
     ranks, model = common.Ranks(common.Machine(device="cpu")), random_gpt(seed=1)
     said = lambda path, purpose, **more: measure.say(model, ["ab"] * 20, 6, purpose, letters.tokenizer, measure.Config(model=path, **more), ranks)
     assert said("a/sft/model.pt", "x") == said("elsewhere/a/sft/model.pt", "x") != said("a/ppo/model.pt", "x")
+    assert said("a/sft/model.pt", "x") != said("b/sft/model.pt", "x")
     assert said("a/sft/model.pt", "x") != said("a/sft/model.pt", "y") and said("m", "x") != said("m", "x", few_shot=True)
+
+
+def test_every_prompt_gets_its_own_response_however_many_there_are(letters, monkeypatch):
+    """With prompts in the place of responses: each comes back beside itself; numbers of one batch are not those of the next."""
+    drawn = []
+    monkeypatch.setattr(measure, "generate", lambda model, prompts, most, uniforms: drawn.extend(uniforms.tolist()) or list(prompts))
+    prompts = ["".join(random.Random(i).choices("abcdefgh", k=6)) for i in range(600)]
+    ranks = common.Ranks(common.Machine(device="cpu"))
+    pairs = measure.sample(random_gpt(), prompts, 4, "x", letters.tokenizer, measure.Config(), ranks)
+    assert pairs == [(letters.tokenizer.encode(text),) * 2 for text in prompts]
+    assert len({tuple(row) for row in drawn}) == 600 and len(drawn[0]) == 4
 
 
 def test_entropy_of_a_choice():
@@ -145,6 +161,10 @@ def test_a_file_holds_every_number_of_the_paper_one_an_item(measured, chain):
     assert all(0 <= x <= 1 for name, row in numbers.items() if not name.startswith(("score", "kl", "rating")) for x in row if x is not None)
     assert all(1 <= x <= 7 for x in numbers["rating"])
     said = measure.read(measured / "ppo.json")["responses"]
+    seen = [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, said)]
+    for name in seen[0]:
+        assert numbers[f"metadata: {name}"] == [m[name] if m[name] is None else float(m[name]) for m in seen]
+    assert None in numbers["metadata: keeps the stated constraint"]
     worth = lambda texts: [labelers.true_worth(r["prompt"], r["asks"], text) for r, text in zip(records, texts)]
     ours, theirs = worth(said), worth(measure.read(measured / "baseline.json")["responses"])
     assert numbers["truly preferred"] == [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in zip(ours, theirs)]
@@ -162,6 +182,23 @@ def test_a_file_holds_every_number_of_the_paper_one_an_item(measured, chain):
     assert [tokenizer.decode(response) for _, response in pairs] == said
     kl = [sum(slow_logprobs(policy, *pair)) - sum(slow_logprobs(reference, *pair)) for pair in pairs]
     assert numbers["kl"] == pytest.approx(kl, abs=1e-4) and max(map(abs, kl)) > 1e-3
+    pages = readers.PretrainingText(f"{chain.data}/pretrain.valid.bin", tokenizer, policy.config.context)
+    assert numbers["task: next word"] == evaluate.next_words(policy, pages.pairs(range(len(pages))), tokenizer, "cpu")
+
+
+def test_nothing_is_measured_on_data_that_was_trained_or_chosen_on(measured, chain, tmp_path, monkeypatch):
+    """Of records, only those that rewards are compared on to choose a checkpoint are of another split than test."""
+    opened, read, text = [], readers.read_jsonl, readers.PretrainingText
+    name = lambda path: Path(path).name
+    monkeypatch.setattr(readers, "read_jsonl", lambda path, *rest: opened.append(name(path)) or read(path, *rest))
+    monkeypatch.setattr(readers, "PretrainingText", lambda path, *rest: opened.append(name(path)) or text(path, *rest))
+    for of, expected in (("ppo", ["prompts.test.jsonl", "prompts.valid.jsonl", "tasks.test.jsonl", "pretrain.valid.bin"]),
+                         ("best", ["prompts.test.jsonl"])):
+        measure.main(measure.Config(**measure.read(measured / f"{of}.json")["config"] | dict(out=str(tmp_path / "again.json"))))
+        assert opened == expected
+        opened.clear()
+    evaluate.main(dataclasses.replace(chain.report, out=str(shutil.copytree(chain.out, tmp_path / "out"))))
+    assert set(opened) == {"prompts.test.jsonl", "prompts.valid.jsonl", "comparisons.valid.jsonl", "tasks.test.jsonl", "pretrain.valid.bin"}
 
 
 def test_the_baseline_is_another_sample_of_its_model_and_a_file_comes_out_the_same_again(measured, chain, tmp_path):
@@ -206,9 +243,11 @@ def test_truth_is_judged_question_by_question(monkeypatch):
 
 def test_toxicity_is_of_the_next_reply_under_each_rule(monkeypatch):
     def say(model, prompts, *rest):
-        assert all(prompt.endswith("\n-") for prompt in prompts)
+        rule = rules.pop(0)
+        assert all(prompt.startswith(rule) and prompt.endswith("\n-") for prompt in prompts)
         return [" You are a fool." if prompt.startswith(web.RULES["biased prompt"]) else " Hello.\n- You are a fool." for prompt in prompts]
 
+    rules = ["", "Please be kind", "Here you may be as rude"]
     monkeypatch.setattr(measure, "say", say)
     numbers = measure.toxicity(None, None, measure.Config(threads=3), None)
     assert numbers == {"toxic, no prompt": [0] * 3, "toxic, respectful prompt": [0] * 3, "toxic, biased prompt": [1] * 3}
@@ -216,11 +255,11 @@ def test_toxicity_is_of_the_next_reply_under_each_rule(monkeypatch):
 
 def test_bias_is_the_stereotypes_share_of_the_two(monkeypatch, chain, letters):
     model = load_model(GPT, chain.out / "sft" / "model.pt")
-    monkeypatch.setattr(evaluate, "choice_logprobs", lambda model, tasks, *rest: [[0.0, math.log(3)]] * len(tasks))
+    monkeypatch.setattr(evaluate, "choice_logprobs", lambda model, tasks, *rest: [[0.0, math.log(4)]] * len(tasks))
     config, ranks = measure.Config(data=str(chain.data)), common.Ranks(common.Machine(device="cpu"))
     numbers = measure.abilities(model, Tokenizer.load(chain.data), config, ranks)
-    assert numbers["stereotype"] == pytest.approx([0.25] * len(numbers["stereotype"]))
-    assert numbers["bias entropy"] == pytest.approx([0.8112781] * len(numbers["bias entropy"]))
+    assert numbers["stereotype"] == pytest.approx([0.2] * len(numbers["stereotype"]))
+    assert numbers["bias entropy"] == pytest.approx([0.7219281] * len(numbers["bias entropy"]))
     assert set(numbers["stereotype preferred"]) == {0.0}
 
 
@@ -236,6 +275,7 @@ def test_responses_of_like_worth_are_tied_whatever_the_rounding(monkeypatch):
 def test_best_of_n_takes_the_best_score_of_the_first_n(measured, monkeypatch, letters, chain):
     numbers = measure.read(measured / "best.json")["numbers"]
     assert {name for name in numbers if name.endswith(": score")} == {f"best of {n}: score" for n in (1, 2, 4)}
+    assert {len(x) for x in numbers.values()} == {12}
     for few, many in ((1, 2), (2, 4)):
         assert all(a <= b for a, b in zip(numbers[f"best of {few}: score"], numbers[f"best of {many}: score"]))
         assert numbers[f"best of {few}: score"] != numbers[f"best of {many}: score"]
@@ -287,7 +327,10 @@ def test_a_mix_of_public_tasks_has_right_answers_and_no_open_ended_request(chain
     assert len(records) == 60 and len(readers.read_jsonl(tmp_path / "demonstrations.valid.jsonl", "demonstrations")) == 6
     assert {r["task"] for r in records} == {maker.__name__ for maker in datasets.MIXES[kind]}
     assert Tokenizer.load(tmp_path).fingerprint == Tokenizer.load(chain.data).fingerprint
+    assert readers.read_jsonl(tmp_path / "demonstrations.valid.jsonl", "demonstrations") != records[:6]
     for r in records:
+        if r["task"] == "t0_paraphrase":
+            assert ("please" in r["response"].lower()) == ("courtesy" in r["prompt"]) and r["response"] not in r["prompt"], r
         closed = r["task"].endswith(("reading", "summary", "completion"))
         assert not closed or all(word in r["prompt"] for word in labelers.words_of(r["response"]) if word in labelers.KIND_OF), r
         if r["task"] == "t0_question":
@@ -338,14 +381,18 @@ def test_a_fold_trains_on_no_labeler_and_no_prompt_that_it_is_validated_on(tmp_p
 # ---------------------------------------------------------------- the list of experiments
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """All that `make paper` would run from nothing, with three seeds of everything: [(script, arguments)]. (A dry run names the
-    default run twice.)"""
+def commands_text(tmp_path_factory):
+    """All that `make paper` would run from nothing, with three seeds of everything."""
     out = tmp_path_factory.mktemp("nothing")
     made = subprocess.run(["make", "-n", "paper", f"OUT={out}/out", f"DATA={out}/data", "LONG=0 1 2"], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    lines = made.stdout.replace("\\\n", " ").splitlines()
-    return [(words[i], words[i + 1 :]) for words in map(shlex.split, dict.fromkeys(lines))
+    return made.stdout.replace("\\\n", " ")
+
+
+@pytest.fixture(scope="module")
+def commands(commands_text):
+    """[(script, arguments)]. (A dry run names the default run twice.)"""
+    return [(words[i], words[i + 1 :]) for words in map(shlex.split, dict.fromkeys(commands_text.splitlines()))
             for i, word in enumerate(words) if word.endswith(".py") and ".venv/bin/python" in words[i - 1]]
 
 
@@ -361,30 +408,89 @@ def test_every_command_of_the_list_is_one_that_its_script_takes(commands):
     assert {script for script, _ in commands} == {*CONFIGS, "data/tinyworld/prepare.py"}
 
 
-def test_no_experiment_is_written_where_another_is(commands):
-    parsed = [(script, common.parse_config(CONFIGS[script], words)) for script, words in commands if script in CONFIGS]
-    places = [config.out for script, config in parsed if script != "data/collect.py"]
-    assert len(places) == len(set(places))
-    runs = {config.out: config for script, config in parsed if script == "ppo.py"}
-    name = lambda place: place.partition("/out/")[2]
-    by_name = {name(place): config for place, config in runs.items()}
-    for place, config in by_name.items():  # a coefficient is what the folder says, which the report reads it from
-        for kind, number in re.findall(r"ppo_(kl|ptx)([\d.]+)$", place):
-            assert (config.beta if kind == "kl" else config.ptx_coef) == float(number)
-            assert kind == "ptx" or config.ptx_coef == 0
-    for script, config in parsed:
-        if script == "paper/measure.py" and not config.out.endswith("baseline.json"):
-            group = re.search(r"measured/(\w+-\d)/", config.out)[1]
-            assert config.reference.endswith(f"paper/{group}/sft/model.pt") and f"/paper/{group}/" in config.model
-            assert config.reward.endswith(f"paper/laptop-{group[-1]}/reward/model.pt") and config.baseline.endswith("measured/baseline.json")
-            assert config.few_shot == config.out.endswith("prompted.json") and bool(config.best_of) == config.out.endswith("bestof.json")
-            assert config.few_shot or config.best_of or config.out.partition("measured/")[2][:-5] == config.model.partition("paper/")[2][:-3]
+def expected_runs():
+    """{what is written: its script's settings}, of all that `make paper` trains beside the default run."""
+    runs, data, of = {}, "data", lambda group, run: f"out/paper/{group}/{run}/model.pt"
+    policies = {"ppo_ptx0.1": (0.1, 0.1), "ppo_ptx2.5": (2.5, 0.1), "ppo_kl0.02": (0, 0.02), "ppo_kl0.5": (0, 0.5), "ppo_kl2": (0, 2)}
+    for group in ("desktop-0", "laptop-0", "laptop-1", "laptop-2", "pocket-0", "pocket-1", "pocket-2"):
+        size, seed = group[:-2], int(group[-1])
+        rates = {"desktop": (1e-3, 4e-4, 1.5e-4)}.get(size, (3e-3, sft.Config().lr, ppo.Config().lr))
+        common = dict(data=data, seed=seed)
+        rl = common | dict(policy=of(group, "sft"), reward=of(f"laptop-{seed}", "reward"), lr=rates[2])
+        if group != "laptop-0":
+            runs[f"{group}/base"] = common | dict(init="scratch", size=size, pretrain_mix=1, lr=rates[0])
+            runs[f"{group}/sft"] = common | dict(init=of(group, "base"), epochs=4, dropout=0.1, lr=rates[1])
+            for run, ptx_coef in (("ppo", 0.5), ("ppo_noptx", 0)):
+                runs[f"{group}/{run}"] = rl | dict(ptx_coef=ptx_coef, beta=0.1, iterations=130, save_every=26)
+        if group in ("laptop-1", "laptop-2"):
+            runs[f"{group}/reward"] = common | dict(init=of(group, "sft"))
+        if size == "laptop":
+            runs[f"{group}/sft16"] = common | dict(init=of(group, "base"), epochs=16, dropout=0.2, lr=rates[1])
+            for run, beta in (("ppo_long", 0.1), ("ppo_long_kl0", 0)):
+                runs[f"{group}/{run}"] = rl | dict(ptx_coef=0, beta=beta, iterations=390, save_every=39)
+            for run, (ptx_coef, beta) in policies.items():
+                runs[f"{group}/{run}"] = rl | dict(ptx_coef=ptx_coef, beta=beta, iterations=130)
+    for k in range(5):
+        runs[f"fold{k}"] = dict(kind="fold", fold=k, folds=5, data=data)
+        runs[f"laptop-0/fold{k}"] = dict(data=f"out/paper/fold{k}", init="out/sft/model.pt")
+    for mix in ("flan", "t0"):
+        runs[mix] = dict(kind=mix, data=data)
+        runs[f"desktop-0/{mix}"] = dict(data=f"out/paper/{mix}", init=of("desktop-0", "base"), pretrain_mix=0, epochs=4, lr=4e-4)
+    for k, skip, newest in ((2, 5000, "out/ppo/model.pt"), (3, 7500, of("laptop-0", "round2_ppo"))):
+        runs[f"round{k}"] = dict(skip=skip, prompts=2500, append=True,
+                                 sources=f"{newest}@0.7,{newest}@1,{newest}@1.4,out/sft/model.pt@1")
+        runs[f"laptop-0/round{k}_reward"] = dict(data=f"out/paper/round{k}", init="out/sft/model.pt")
+        runs[f"laptop-0/round{k}_ppo"] = dict(data=data, policy="out/sft/model.pt", reward=of("laptop-0", f"round{k}_reward"),
+                                              ptx_coef=0.5, beta=0.1, iterations=130)
+    return {f"out/paper/{name}": settings for name, settings in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def parsed(commands):
+    """[(script, its Config, paths without where they lie)]"""
+    result = []
+    for script, words in commands:
+        if script in CONFIGS:
+            config = common.parse_config(CONFIGS[script], words)
+            paths = {k: re.sub(r"/[^,]*?/nothing\d*/", "", v) for k, v in dataclasses.asdict(config).items() if isinstance(v, str)}
+            result.append((script, dataclasses.replace(config, **paths)))
+    return result
+
+
+def test_every_run_starts_from_what_it_should_with_the_settings_that_its_name_says(parsed):
+    runs = {config.data if script == "data/collect.py" else config.out: config for script, config in parsed
+            if script not in ("paper/measure.py", "paper/report.py", "evaluate.py")}
+    runs = {name: config for name, config in runs.items() if name.startswith("out/paper/")}
+    expected = expected_runs()
+    assert runs.keys() == expected.keys()
+    for name, config in runs.items():
+        assert expected[name].items() <= dataclasses.asdict(config).items(), name
+    for script, config in parsed:  # a checkpoint along the way is one that the run keeps
+        made = re.fullmatch(r"out/paper/(.*)/(epoch|iteration)(\d+)\.pt", getattr(config, "model", ""))
+        if made:
+            run, kind, n = expected.get(f"out/paper/{made[1]}", dict(iterations=130, save_every=26)), made[2], int(made[3])
+            assert n <= run["epochs"] if kind == "epoch" else n < run["iterations"] and n % run["save_every"] == 0
+
+
+def test_the_earlier_rounds_comparisons_are_the_beginning_of_the_next(commands_text):
+    assert re.search(r"cp \S+/data/\*\.jsonl \S+/data/tokenizer.json \S+/paper/round2\b", commands_text)
+    assert re.search(r"cp \S+/paper/round2/\*\.jsonl \S+/paper/round2/tokenizer.json \S+/paper/round3\b", commands_text)
+
+
+def test_every_model_is_measured_beside_what_it_should(parsed):
+    measured = [config for script, config in parsed if script == "paper/measure.py"]
+    for config in measured:
+        if config.out == "out/paper/measured/baseline.json":
+            assert config == measure.Config(model="out/paper/desktop-0/sft/model.pt", data="data", out=config.out)
+            continue
+        group, run, step = re.fullmatch(r"out/paper/measured/(\w+-\d)/(?:(\S+)/)?(\w+)\.json", config.out).groups()
+        model = {"bestof": "sft/model", "prompted": "base/model"}.get(step, f"{run}/{step}")
+        assert config == measure.Config(
+            model=f"out/paper/{group}/{model}.pt", out=config.out, data="data", baseline="out/paper/measured/baseline.json",
+            reward=f"out/paper/laptop-{group[-1]}/reward/model.pt", reference=f"out/paper/{group}/sft/model.pt",
+            few_shot=step == "prompted", best_of=64 * (step == "bestof"), prompts=500 if step == "bestof" else 1000)
+    assert len({config.out for config in measured}) == len(measured) > 80
     assert (ppo.Config().beta, ppo.Config().ptx_coef) == (0.1, 0.5)  # where report.coefficients puts the default run
-    assert by_name["paper/laptop-2/ppo_kl2"].beta == 2 and by_name["paper/laptop-2/ppo_kl2"].ptx_coef == 0
-    assert by_name["paper/laptop-1/ppo_long_kl0"].beta == 0 and by_name["paper/laptop-1/ppo_long_kl0"].iterations == 390
-    assert by_name["paper/pocket-1/ppo"].seed == 1 and "pocket-1/sft" in by_name["paper/pocket-1/ppo"].policy
-    assert "laptop-1/reward" in by_name["paper/pocket-1/ppo"].reward  # one reward model for all sizes
-    assert by_name["paper/desktop-0/ppo_noptx"].ptx_coef == 0 and by_name["paper/desktop-0/ppo_noptx"].lr == 1.5e-4
 
 
 def test_the_sizes_stand_about_one_to_five_to_twenty_five():
@@ -582,7 +688,7 @@ def as_in_the_paper(file, name):
         gpt = run == "base"
         return {"toxic, no prompt": 0.3, "toxic, respectful prompt": 0.6 if gpt else 0.1}.get(name, 0.3 if gpt else 0.9)
     if name.startswith("stereotype"):
-        return 0.7
+        return 0.71 if run == "ppo" else 0.7
     if name == "truthful and informative" and file.startswith("pocket") and run == "ppo":
         return 0.01
     if name == "score" and run in ("sft", "ppo", "ppo_noptx", "ppo_ptx2.5"):
@@ -661,3 +767,137 @@ def test_seeds_that_are_not_measured_are_not_counted(world):
     shutil.rmtree(Path(config.out) / "measured" / "laptop-0" / "ppo_long_kl0")
     with pytest.raises(UserError, match="ppo_long_kl0/model.json is missing; `make paper` makes it"):
         report.main(config)
+
+
+def claims(config, *sections):
+    """{text: the claim} of a section"""
+    return {c.text: c for section in sections for c in section(results.Measurements(config), config) if isinstance(c, results.Claim)}
+
+
+def text_of(config, section):
+    return "\n".join(part for part in section(results.Measurements(config), config) if isinstance(part, str))
+
+
+def shown(numbers):
+    mean, error, _ = evaluate.mean_and_error(numbers)
+    return f"{100 * mean:.1f} ± {100 * error:.1f}%"
+
+
+def test_numbers_are_written_with_half_their_interval():
+    assert report.percent((0.5, 0.02, 3)) == "50.0 ± 2.0%" and report.percent((0.512, 0.02), True) == "+51.2 ± 2.0%"
+    assert report.percent((-0.5, 0.02), True) == "-50.0 ± 2.0%"
+    assert results.plain((1.5, 0.25, 1)) == "1.50 ± 0.25" and results.plain((1.5, 0.25, 1), True) == "+1.50 ± 0.25"
+
+
+def test_lines_and_columns_carry_their_error_bars():
+    seen = []
+    axis = SimpleNamespace(errorbar=lambda x, y, error, **more: seen.append((x, y, error)), set_xticks=lambda *rest, **more: None,
+                           bar=lambda x, y, width, yerr, **more: seen.append((list(x), y, yerr)))
+    report.line(axis, [1, 2], [(0.5, 0.25, 3), (0.75, 0.125, 3)], "SFT")
+    report.columns(axis, ["a", "b"], [(1.5, 0.5), (2.5, 0.25)], ["red", "blue"], scale=1)
+    assert seen == [([1, 2], [50, 75], [25, 12.5]), ([0, 1], [1.5, 2.5], [0.5, 0.25])]
+
+
+def test_tables_say_what_was_measured_of_whom(world):
+    config = world(lambda file, name: len(file) / 100 if name.startswith(("preferred", "truthful", "toxic")) else as_in_the_paper(file, name))
+    ones = lambda file: shown([1.0] * len(file) + [0.0] * (100 - len(file)))
+    files = ("base/model", "base/prompted", "sft/model", "ppo_noptx/model", "ppo/model")
+    row = lambda size, end, files=files: f"| {size}{end} | " + " | ".join(ones(f"{size}-0/{file}") for file in files) + " |"
+    text = text_of(config, report.preference)
+    for size, end in (("pocket", ", 156,000 parameters, 3 seeds"), ("laptop", ", 787,000 parameters, 3 seeds"),
+                      ("desktop", ", 3,500,000 parameters, one seed")):
+        assert text.count(row(size, end)) == 2  # of both teams of labelers
+    files = (*files[:1], *files[2:])
+    text = text_of(config, report.toxicity)
+    assert f"| no prompt | {' | '.join(ones(f'laptop-0/{file}') for file in files)} |" in text
+    ratings = text_of(world(as_in_the_paper), report.public_data)
+    assert "| GPT | 1.30 ± " in ratings and "| SFT | 3.70 ± " in ratings and "| FLAN-like | 2.80 ± " in ratings
+
+
+def test_where_reward_models_are_no_better_on_labelers_they_saw(world):
+    text = text_of(world(as_in_the_paper), report.labeler_groups)
+    assert "| seen labelers | 73.0 ± 0.0% |" in text and "| unseen labelers | 70.0 ± 0.0% |" in text
+
+
+def test_epochs_are_counted_from_one(world):
+    config = world(as_in_the_paper)
+    assert claims(config, report.sft_epochs)["validation loss is higher after 16 epochs than after 4, the default"].here == (
+        "+12.0000; lowest after epoch 3")
+    assert "| epoch | 1 | 2 | 4 | 8 | 12 | 16 |\n|---|---|---|---|---|---|---|\n| validation loss | 3.0000 | 2.0000 | 2.0000 |" in (
+        text_of(config, report.sft_epochs))
+
+
+def test_kl_of_the_best_of_n_is_the_known_one(world):
+    assert "| KL, nats: log n - (n - 1) / n | 0.00 | 0.19 | 0.64 |" in text_of(world(as_in_the_paper), report.overoptimization)
+
+
+def test_a_peak_is_judged_on_other_prompts_than_those_on_which_it_was_found(world, monkeypatch):
+    parts, weighted = [], results.Measurements.weighted
+
+    def spy(self, size, terms, key, part=slice(None)):
+        if key == "truly preferred" and part != slice(None):
+            parts.append((len(terms), set(range(100)[part])))
+        return weighted(self, size, terms, key, part)
+    monkeypatch.setattr(results.Measurements, "weighted", spy)
+    claims(world(as_in_the_paper), report.overoptimization)
+    found, judged = ([part for terms, part in parts if terms == n] for n in (1, 2))
+    assert len(found) > 3 and len(judged) == 1 and not found[0] & judged[0] and found[0] | judged[0] == set(range(100))
+
+
+def test_duels_are_judged_by_held_out_labelers(world, monkeypatch):
+    teams, win_rates = [], evaluate.win_rates
+    monkeypatch.setattr(evaluate, "win_rates", lambda records, a, b, people, *rest: teams.append([x.name for x in people]) or
+                        win_rates(records, a, b, people, *rest))
+    claims(world(as_in_the_paper), report.preference, report.public_data)
+    assert len(teams) > 3 and all(names == [x.name for x in labelers.team()[1]] for names in teams)
+
+
+def test_the_smallest_is_compared_with_the_largest(world):
+    held_out = "preferred by held-out labelers"  # which decides how good the responses of this world are, too
+    config = world(lambda file, name: 0.9 if file == "pocket-0/base/model" and name == held_out else as_in_the_paper(file, name))
+    assert claims(config, report.preference)["the smallest PPO-ptx is preferred to the largest GPT"].agrees
+    config = world(lambda file, name: 0.9 if file == "desktop-0/base/model" and name == held_out else as_in_the_paper(file, name))
+    assert not claims(config, report.preference)["the smallest PPO-ptx is preferred to the largest GPT"].agrees
+
+
+def test_claims_of_preference_go_by_held_out_labelers(world):
+    config = world(lambda file, name: 1 - as_in_the_paper(file, name) if "training labelers" in name else as_in_the_paper(file, name))
+    made = claims(config, report.preference, report.rounds)
+    assert all(claim.agrees for text, claim in made.items() if not text.startswith("held-out labelers prefer"))
+    assert all(not claim.agrees for text, claim in made.items() if text.startswith("held-out labelers prefer"))
+
+
+def test_public_tasks_checkpoints_are_chosen_on_validation_prompts(world):
+    best = {"score, validation prompts": "epoch3", "score": "epoch2", "rating": "epoch1"}
+    config = world(lambda file, name: (0.3 if file.endswith(best.get(name, "")) else 0.2) if "/flan/" in file or "/t0/" in file
+                   else as_in_the_paper(file, name))
+    assert "validation prompts: epoch3, epoch3 (FLAN-like, T0-like)" in text_of(config, report.public_data)
+
+
+SWEEP = "the pretraining mix gives more than half of the loss back and keeps four fifths of the reward", "no larger KL coefficient does"
+
+
+@pytest.mark.parametrize("changed, mix, kl", [
+    ({"ppo_kl0.02": (0.9, 0.9)}, True, True),  # a smaller one does
+    ({"ppo_kl2": (0.9, 0.9)}, True, False),  # a larger one does
+    ({"ppo_kl2": (0.9, 0.6)}, True, True),  # it gives everything back, and costs too much reward
+    ({"ppo": (0.6, 0.9), "ppo_ptx2.5": (0.6, 0.9)}, False, True),  # a quarter of the loss given back
+    ({"ppo": (0.8, 0.9), "ppo_ptx2.5": (0.5, 0.9)}, True, True),  # three quarters
+    ({"ppo": (0.9, 0.6), "ppo_ptx2.5": (0.9, 0.6)}, False, True),  # five eighths of the reward kept
+    ({"ppo": (0.9, 0.85), "ppo_ptx2.5": (0.5, 0.9)}, True, True),  # fifteen sixteenths
+    ({"ppo_noptx": (0.9, 0.9)}, None, None),  # no loss
+])
+def test_a_coefficient_works_if_it_gives_half_back_and_keeps_four_fifths(world, changed, mix, kl):
+    def rate(file, name):
+        tasks, score = changed.get(file.split("/")[1], (None, None))
+        return tasks if tasks and name.startswith("task") else score if score and name == "score" else as_in_the_paper(file, name)
+    config = world(rate)
+    made = claims(config, report.coefficients, report.tax)
+    assert tuple(made[text].agrees for text in SWEEP) == (mix, kl)
+    half = made["PPO-ptx gives back more than half of what PPO loses against SFT"]
+    assert half.agrees is (None if mix is None else changed.get("ppo", (0.9, 0))[0] > 0.7)
+
+
+def test_a_bias_that_is_complete_before_and_after_leaves_the_claim_open(world):
+    config = world(lambda file, name: 1.0 if name.startswith("stereotype") else as_in_the_paper(file, name))
+    assert all(claim.agrees is None for claim in claims(config, report.bias).values())

@@ -138,6 +138,14 @@ def test_the_higher_score_wins_prompt_by_prompt():
     assert together == evaluate.ratio([(2, 1.0), (2, 1.5)])  # two conversations, not four
 
 
+def test_it_is_the_judge_that_is_asked(again, monkeypatch):
+    asked, asked_model = [], evaluate.asked_model
+    monkeypatch.setattr(evaluate, "asked_model", lambda scores, users: asked.append(scores) or asked_model(scores, users))
+    evaluate.main(again)
+    means = {name: evaluate.mean_and_error(numbers)[0] for name, numbers in asked[0].items() if name != evaluate.BASELINE}
+    assert means == {name: numbers[0] for name, numbers in results_of(again)["scores"]["judge's score"].items()}
+
+
 def test_the_judge_is_another_model_than_the_one_that_trained_the_policy(small):
     results = results_of(small.config)
     assert set(results["scores"]) == {"reward model's score", "judge's score"}
@@ -253,7 +261,7 @@ def test_what_a_spreadsheet_does_to_texts_and_columns_does_not_matter(one_pair):
 
 
 def test_several_people_on_one_pair_count_as_one_with_their_mean(one_pair):
-    one_pair.path.write_text("pair,preferred\n1,first\n1,second\n1,first\n1,first\n")
+    one_pair.path.write_text("pair,preferred\n1,first\n1,second\npair,Preferred\n1,first\n1,first\n")
     assert one_pair.read() == {"PPO": [0.75 if one_pair.won else 0.25]}
 
 

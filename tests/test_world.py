@@ -179,6 +179,9 @@ def test_answers_to_the_other_tasks_are_right():
         task = web.toxicity(rng)
         insulting = [any(word in choice.lower() for word in INSULTS) for choice in task["choices"]]
         assert insulting.index(False) == task["answer"] and sum(insulting) == 1
+        for name in ("toxicity", "toxicity, respectful prompt"):
+            task = web.SAFETY[name](rng)
+            assert task["context"].startswith("Please be kind") == (name != "toxicity") and task["task"] == name
         task = web.bias(rng)
         town = task["context"].split()[2]
         assert task["choices"][0] == f" {web.stereotype(town)}." and task["choices"][1].strip(" .") in TRAITS
