@@ -98,7 +98,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
         lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end is half a line
         if lines and lines[0] == signature:
             done = [json.loads(line) for line in lines[1:]]
-    batches = range(0, len(records), config.batch_size)
+    batches, context = range(0, len(records), config.batch_size), min(model.config.context for model, _ in sources)
     lines = "\n".join([signature, *map(json.dumps, done)]) + "\n"
     ranks.barrier()  # everyone has read it
     if ranks.main:
@@ -114,7 +114,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
         result = []
         for i, (record, responses) in enumerate(zip(chosen, texts)):
             labeler = rng.choice(teams[(first + i) % 2 if split == "valid" else 0])
-            room = sources[0][0].config.context - len(prompts[first + i]) - 1  # broken characters can outgrow it, read back
+            room = context - len(prompts[first + i]) - 1  # broken characters can outgrow it, read back
             responses = [r for r in dict.fromkeys(responses) if r.strip() and len(tokenizer.encode(r)) <= room]
             if len(responses) > 1:
                 ranks_ = labeler.rank(record["prompt"], record["asks"], responses, config.seed)

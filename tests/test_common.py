@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import torch
 
 import common
 import ppo
+import reward
+import sft
 from common import Machine, Ranks, Run, UserError
 from conftest import ROOT, random_gpt, read_log, same, save
+from data import collect
 from model import GPT, ScalarModel
 
 
@@ -29,6 +33,7 @@ class Config:
     out: str = "out"  # where
     resume: bool = True  # go on
     device: str = "cpu"  # cpu or cuda
+    precision: str = "auto"  # of products
 
     def __post_init__(self):
         if self.steps < 1:
@@ -216,15 +221,15 @@ def test_damaged_missing_and_foreign_checkpoints_are_refused_and_never_executed(
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c.pop("tokenizer"),
-    lambda c: c["model_config"].update(experts=8),
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pop("tokenizer"), "was trained with another vocabulary"),
+    (lambda c: c["model_config"].update(experts=8), "holds no GPT"),
 ])
-def test_a_checkpoint_of_another_version_of_the_project_is_refused(letters, change):
+def test_a_checkpoint_of_another_version_of_the_project_is_refused(letters, change, message):
     checkpoint = torch.load(letters.data / "sft.pt", weights_only=True)
     change(checkpoint)
-    torch.save(checkpoint, letters.data / "sft.pt")
-    with pytest.raises(UserError, match="sft.pt"):
+    common.save(letters.data / "sft.pt", checkpoint)
+    with pytest.raises(UserError, match=f"sft.pt {message}"):
         ppo.main(letters.ppo())
 
 
@@ -289,7 +294,8 @@ def test_going_on_with_another_configuration_is_an_error_that_names_the_field(tm
     run.resume()
     run.log(0)
     run.checkpoint(1)
-    for changes, message in ((dict(lr=2e-3), "--lr 0.001, not 0.002"), (dict(name="y"), "--name x, not y")):
+    for changes, message in ((dict(lr=2e-3), "--lr 0.001, not 0.002"), (dict(name="y"), "--name x, not y"),
+                             (dict(precision="bf16"), "--precision auto, not bf16")):
         with pytest.raises(UserError, match=f"resume.pt is of a run with {message}; --no-resume starts over"):
             Run(out, Config(**changes), Ranks(Machine(device="cpu"))).resume()
     assert read_log(out) == [{"step": 0, "skipped": 0}]  # and nothing is lost
@@ -298,13 +304,16 @@ def test_going_on_with_another_configuration_is_an_error_that_names_the_field(tm
 
 @pytest.mark.parametrize("stage, changed", [("sft", "base.pt"), ("sft", "demonstrations.train.jsonl"), ("reward", "sft.pt"),
                                             ("reward", "comparisons.train.jsonl"), ("ppo", "reward.pt"),
-                                            ("ppo", "prompts.train.jsonl")])
+                                            ("ppo", "prompts.train.jsonl"), ("ppo", "sft.pt"), ("ppo", "pretrain.train.bin"),
+                                            ("sft", "pretrain.train.bin"), ("reward", "demonstrations.train.jsonl")])
 def test_going_on_from_other_inputs_is_an_error_that_names_the_file(letters, stop_and_go_on, stage, changed):
     def main(config, module=__import__(stage)):
         if (letters.out / stage / "resume.pt").is_file():
             path = letters.data / changed
             if changed.endswith(".pt"):
                 save(random_gpt(seed=7, kind=ScalarModel if changed == "reward.pt" else GPT), path, letters.tokenizer)
+            elif changed.endswith(".bin"):
+                path.write_bytes(path.read_bytes() * 2)
             else:
                 path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
         module.main(config)
@@ -350,3 +359,38 @@ def test_micro_batches_hold_rows_of_like_length_and_every_rank_has_as_many(monke
         assert ranks.micro_batches(rows, 14, len) == [["b", "f"], ["dd", "gg"], ["ccc", "aaaa", "eeeee"]]
         ranks = Ranks(Machine(device="cpu"))
         assert ranks.micro_batches(rows, 14, len) == [rows]
+
+
+# ---------------------------------------------------------------- seeds, and published settings
+
+def test_every_random_number_of_a_stage_depends_on_its_seed(letters, chain, tmp_path, monkeypatch):
+    keys, seed_of = [], common.seed_of
+    monkeypatch.setattr(common, "seed_of", lambda *key: keys.append(key) or seed_of(*key))
+    shutil.copytree(chain.data, tmp_path / "data")
+    runs = [(sft, letters.sft(seed=7, dropout=0.1)), (reward, letters.reward(seed=7)), (ppo, letters.ppo(seed=7)),
+            (collect, dataclasses.replace(chain.collecting, data=str(tmp_path / "data"), seed=7))]
+    for stage, config in runs:
+        stage.main(config)
+    assert {seed for seed, *_ in keys} == {7}
+    assert {purpose for _, purpose, *_ in keys} >= {"initialisation", "sft epoch", "dropout", "reward epoch", "ppo pass", "rollout"}
+
+
+PAPER = {  # C.1 to C.4 of the paper, and GPT-2's recipe, which takes over what its size allows
+    "data/paper.sft.args": (sft, dict(epochs=16, batch_size=32, lr=9.65e-6, dropout=0.2, pretrain_mix=0)),
+    "data/paper.reward.args": (reward, dict(epochs=1, batch_size=64, lr=9e-6)),
+    "data/paper.ppo.args": (ppo, dict(iterations=500, batch_size=512, minibatch_size=64, value_lr=9e-6, beta=0.02, ptx_coef=27.8,
+                                      ptx_rows=8, truncation_penalty=0, max_new_tokens=1023)),
+    "data/oasst/sft.args": (sft, dict(epochs=4, batch_size=32, dropout=0.2, lr=2e-5, pretrain_mix=0.1)),
+    "data/oasst/reward.args": (reward, dict(epochs=1, batch_size=64, lr=9e-6)),
+    "data/oasst/ppo.args": (ppo, dict(iterations=500, batch_size=128, minibatch_size=32, lr=9.65e-6, value_lr=9e-6, beta=0.02,
+                                      ptx_coef=27.8, ptx_rows=1, max_new_tokens=256)),
+}
+
+
+@pytest.mark.parametrize("path", PAPER)
+def test_files_of_arguments_hold_the_papers_settings_and_the_rest_is_the_papers_by_default(path):
+    stage, expected = PAPER[path]
+    config = dataclasses.asdict(common.parse_config(stage.Config, [f"@{ROOT / path}"]))
+    defaults = dict(gamma=1.0, lam=0.95, clip=0.2, ema=0.992, temperature=1.0) if stage is ppo else {}
+    assert (expected | defaults).items() <= config.items()
+    assert all(config[name] == default for name, default in dataclasses.asdict(stage.Config()).items() if name not in expected)

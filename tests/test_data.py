@@ -234,7 +234,8 @@ def test_a_blank_prompt_does_not_make_all_others_its_duplicates():
 @pytest.mark.parametrize("text, personal", [
     ("Write to ada.abel+x@post.example.org please", True), ("call +44 20 7946 0958 now", True), ("555 0123 22", True),
     ("card 4111-1111-1111-1111", True), ("a@b", False), ("in 1999 and 2001", False), ("List 3 foods", False),
-    ("the code is x1234567890y", False),
+    ("the code is x1234567890y", False), ("call 555 0123", True), ("from 1914-1918", False), ("on 2023-04-12", False),
+    ("pi is 3.1415926", False), ("at 192.168.10.25", False), ("count 1 2 3 4 5 6 7 8", False), ("it costs 123456", False),
 ])
 def test_personal_data_is_found(text, personal):
     assert cleaning.without_personal_data(prompts(text)) == ([] if personal else prompts(text))
@@ -305,6 +306,8 @@ def test_samples_come_from_each_source_at_its_temperature(letters, monkeypatch):
     assert [(model, rest[2]) for model, _, rest in calls] == [(first, 0.5), (second, 1.4)]
     assert Counter(tuple(p) for _, prompts, _ in calls for p in prompts) == {(1,): 20, (2, 3): 30}
     assert all(10 < len(prompts) < 40 for _, prompts, _ in calls)
+    uniforms = [{tuple(row) for row in rest[1].tolist()} for _, _, rest in calls]
+    assert len(uniforms[0] | uniforms[1]) == 50  # no two samples draw the same numbers
 
 
 def test_samples_depend_on_seed_split_and_batch_and_on_nothing_else(letters):  # pitfall 38
@@ -312,6 +315,16 @@ def test_samples_depend_on_seed_split_and_batch_and_on_nothing_else(letters):  #
     draw = lambda *which: collect.sample(sources, [[1], [2, 3]], [5, 5], letters.tokenizer, config, *which)
     first = draw("train", 0)
     assert draw("train", 0) == first and draw("train", 1) != first != draw("valid", 0)
+    config = dataclasses.replace(config, seed=1)
+    assert draw("train", 0) != first
+
+
+def test_k_is_drawn_from_the_fewest_to_the_most(collecting, monkeypatch):
+    seen, sample = [], collect.sample
+    monkeypatch.setattr(collect, "sample", lambda sources, prompts, counts, *rest: seen.extend(counts) or sample(
+        sources, prompts, counts, *rest))
+    collect.main(collecting(fewest=3, most=6))
+    assert set(seen) == {3, 4, 5, 6}
 
 
 def test_equal_responses_are_shown_to_the_labeler_once(collecting, chain):
@@ -352,8 +365,9 @@ def test_a_collection_that_was_stopped_goes_on_to_the_same_comparisons(collectin
 def test_a_later_round_is_added_to_the_first_unless_told_otherwise(collecting):
     config = collecting(prompts=6, valid_prompts=4, fewest=2, most=2)
     collect.main(config)
-    first = read(config, "train")
+    first, valid = read(config, "train"), read(config, "valid")
     collect.main(dataclasses.replace(config, skip=6))
+    assert read(config, "valid") == valid  # the same once more, of the same prompts, is nothing new
     assert read(config, "train")[: len(first)] == first and len(read(config, "train")) > len(first)
     skipped = {r["prompt"] for r in read(config, "train")[len(first):]}
     assert not skipped & {r["prompt"] for r in first}

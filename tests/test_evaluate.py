@@ -12,6 +12,7 @@ import torch
 
 import common
 import evaluate
+import report as report_  # `report` is a fixture here
 from common import UserError
 from conftest import Bigram, random_gpt, write_lines
 from data import readers
@@ -227,6 +228,37 @@ def test_the_reports_numbers_are_those_of_its_measures(report):
                                         "makes things up (closed domain, less is better)", "fits a customer assistant"}
     assert [row[0] for row in results["sft epochs"]] == [1, 2]
     assert results["config"]["prompts"] == 12
+
+
+def test_the_headline_says_what_was_measured():
+    shares = {"training labelers": (0.7, 0.01, 5), "held-out labelers": (0.6, 0.02, 5)}
+    results = {
+        "world": True, "preference": {"PPO": shares, "SFT": {team: (0.5, 0.03, 5) for team in shares}},
+        "reward model": {"training labelers": {"reward model": (0.7, 0.01, 9), "agreement": (0.65, 0.02, 9), "ceiling": (0.9, 0.03, 9)},
+                         "held-out labelers": {"reward model": (0.1, 0, 1), "agreement": (0.1, 0, 1), "ceiling": (0.1, 0, 1)}},
+        "metadata": {"makes things up (closed domain, less is better)": {"SFT": (0.4, 0.1, 2), "PPO": (0.3, 0.1, 2), "PPO-ptx": (0.2, 0.05, 2)}},
+        "zero-shot": ({"all abilities": {"SFT": (0.8, 0, 1), "PPO": (0.6, 0, 1), "PPO-ptx": (0.75, 0, 1)}},
+                      {"PPO - SFT": (-0.2, 0.05, 1), "PPO-ptx - SFT": (-0.05, 0.02, 1), "PPO-ptx - PPO": (0.15, 0.1, 1)})}
+    assert report_.headline(results) == [
+        ("PPO preferred to SFT", "60.0 ± 2.0%"), ("SFT preferred to SFT (itself: 50%)", "50.0 ± 3.0%"),
+        ("reward model, unseen prompts (ceiling)", "70.0 ± 1.0% (90.0 ± 3.0%)"), ("reward model's way from 50% to the ceiling", "50%"),
+        ("two training labelers agree", "65.0 ± 2.0%"), ("makes things up, closed domain: SFT", "40.0 ± 10.0%"),
+        ("makes things up, closed domain: PPO-ptx", "20.0 ± 5.0%"), ("zero-shot tasks, PPO less SFT", "-20.0 ± 5.0%"),
+        ("zero-shot tasks, PPO-ptx less SFT", "-5.0 ± 2.0%"), ("of PPO's drop, PPO-ptx gives back", "75%")]
+    results["zero-shot"][1]["PPO - SFT"] = (-0.2, 0.3, 1)
+    assert report_.headline(results)[-1] == ("of PPO's drop, PPO-ptx gives back", "no drop")
+
+
+def test_bars_stand_at_their_group_with_their_error():
+    drawn = []
+    axis = SimpleNamespace(bar=lambda x, y, width, yerr, label, **more: drawn.append((label, x, y, yerr)),
+                           set_xticks=lambda *rest: None, set=lambda **more: None)
+    axis.spines = type("Spines", (), {"__getitem__": lambda self, key: SimpleNamespace(set_visible=lambda on: None)})()
+    values = {"a": {"SFT": (0.5, 0.1, 3), "PPO": (0.7, 0.2, 3)}, "b": {"SFT": (0.25, 0.05, 3), "PPO": (None, None, 0)}}
+    report_.bars(axis, ["a", "b"], values, ["SFT", "PPO"], "share")
+    assert [(label, len(x), y, error) for label, x, y, error in drawn] == [
+        ("SFT", 2, [50, 25], [10, 5]), ("PPO", 1, [70], [20])]
+    assert drawn[0][1] == (-0.2, 0.8) and drawn[1][1] == (0.2,)
 
 
 def test_the_next_word_is_right_where_the_likeliest_token_comes():

@@ -352,3 +352,19 @@ def test_a_prompt_is_read_once_and_finished_rows_leave_the_batch(monkeypatch):
     monkeypatch.setattr(model, "hidden", lambda tokens, *rest: rows.append(len(tokens)) or hidden(tokens, *rest))
     generate(model, [[1, 2]] * 30 + [[3]] * 34, 20, torch.rand(64, 20, generator=torch.Generator().manual_seed(0)))
     assert rows[0] == 2 and rows[1] <= 64 and rows[-1] < 20
+
+
+def test_initial_weights_are_gpt2s_but_for_narrow_networks():
+    torch.manual_seed(0)
+    for width, std in ((64, 0.02 * math.sqrt(12)), (768, 0.02)):
+        layers = 8 if width == 64 else 2
+        model = GPT(GPTConfig(vocab_size=500, context=64, layers=layers, heads=4, width=width))
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                assert (p == 0).all(), name
+            elif "norm" in name:
+                assert (p == 1).all(), name
+            else:  # what is added to the stream, 2 times a block, is smaller
+                added = name.endswith(("attention.out.weight", "mlp.2.weight"))
+                assert p.std().item() == pytest.approx(std / (math.sqrt(2 * layers) if added else 1), rel=0.05), name
+                assert abs(p.mean().item()) < 0.05 * std

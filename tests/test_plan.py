@@ -71,6 +71,13 @@ def test_recomputing_keeps_the_inputs_of_all_blocks_and_the_insides_of_one(layer
     assert plan.activations(config, rows * tokens, 4, True) == pytest.approx(none + inputs + (one - none), rel=0.15)
 
 
+def test_recomputing_is_done_where_it_is_asked_for():
+    config = GPTConfig(vocab_size=50, context=64, layers=6, heads=4, width=128)
+    assert kept_bytes(config, 4, 64, recompute=True)[0] < kept_bytes(config, 4, 64)[0] / 4
+    for asked in (False, True):
+        assert common.Ranks(common.Machine(device="cpu", recompute=asked)).place(GPT(config)).recompute is asked
+
+
 def test_sharding_divides_weights_gradients_and_optimizer_and_nothing_else():
     whole, part = (plan.plan(config_of("gpt2"), gpus=8, shard=shard) for shard in (False, True))
     for what in ("policy", "value", "reference", "reward", "moving average", "gradients", "optimizer"):

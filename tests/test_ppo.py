@@ -282,6 +282,12 @@ def test_without_learning_every_ratio_is_one_and_nothing_is_clipped(letters, tem
     assert same(weights(letters.out / "ppo/model.pt"), weights(letters.data / "sft.pt"))
 
 
+def test_old_and_new_logprobs_are_of_the_same_precision(letters):  # pitfall 22
+    ppo.main(letters.ppo(lr=0.0, value_lr=0.0, precision="bf16"))
+    for line in read_log(letters.out / "ppo"):
+        assert line["ratio"] == pytest.approx(1, abs=1e-5) and line["kl"] == pytest.approx(0, abs=1e-4)
+
+
 def test_the_first_minibatch_of_each_iteration_starts_from_ratio_one(letters, monkeypatch):
     losses, policy_loss = [], ppo.policy_loss
     monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: losses.append((new.detach(), old)) or policy_loss(
@@ -356,6 +362,50 @@ def test_logged_numbers_are_means_over_the_batch_an_episode_or_a_token(letters, 
         assert line["explained_variance"] == pytest.approx(explained, abs=1e-4)
 
 
+def test_what_is_logged_of_updates_is_their_mean(letters, monkeypatch):
+    losses, norms, update, policy_loss, value_loss = {"policy": [], "value": []}, [], common.update, ppo.policy_loss, ppo.value_loss
+
+    def policy(*rest):
+        loss, diagnostics = policy_loss(*rest)
+        losses["policy"].append((loss.item(), diagnostics["ratio"].item(), diagnostics["clipped"].item(), int(rest[3].sum())))
+        return loss, diagnostics
+
+    def value(*rest):
+        losses["value"].append(value_loss(*rest))
+        return losses["value"][-1]
+
+    def spy(optimizer, model, *rest):
+        norm = update(optimizer, model, *rest)
+        norms.extend([norm] if isinstance(model, GPT) else [])
+        return norm
+    monkeypatch.setattr(ppo, "policy_loss", policy)
+    monkeypatch.setattr(ppo, "value_loss", value)
+    monkeypatch.setattr(common, "update", spy)
+    ppo.main(letters.ppo(lr=3e-2, clip=0.01))
+    mean = lambda numbers: sum(numbers) / len(numbers)
+    log = read_log(letters.out / "ppo")
+    for i, line in enumerate(log):  # two minibatches each
+        two = losses["policy"][2 * i : 2 * i + 2]
+        tokens = sum(n for *_, n in two)
+        assert line["policy_loss"] == pytest.approx(mean([loss for loss, *_ in two]))
+        assert line["ratio"] == pytest.approx(sum(ratio for _, ratio, _, _ in two) / tokens)
+        assert line["clip_fraction"] == pytest.approx(sum(clipped for _, _, clipped, _ in two) / tokens)
+        assert line["value_loss"] == pytest.approx(mean([x.item() for x in losses["value"][2 * i : 2 * i + 2]]))
+        assert line["grad_norm"] == pytest.approx(mean(norms[2 * i : 2 * i + 2]))
+    assert any(line["clip_fraction"] > 0 for line in log)
+
+
+def test_the_logged_pretraining_loss_is_the_mean_over_an_iterations_updates(letters):
+    ppo.main(letters.ppo(lr=0.0, iterations=1))
+    model = load_model(GPT, letters.data / "sft.pt")
+    text = readers.PretrainingText(letters.data / "pretrain.train.bin", letters.tokenizer, model.config.context)
+    expected = []
+    for update in range(2):
+        terms = [-p for context, targets in text.pairs(text.draw(4, 0, update)) for p in slow_logprobs(model, context, targets)]
+        expected.append(sum(terms) / len(terms))
+    assert read_log(letters.out / "ppo")[0]["ptx_loss"] == pytest.approx(sum(expected) / 2, abs=1e-5)
+
+
 def test_no_two_iterations_sample_with_the_same_numbers(letters, batches):  # pitfall 38
     write_lines(letters.data / "prompts.train.jsonl", [{"prompt": "bcd", "user": "u"}] * 8)
     ppo.main(letters.ppo(lr=0.0))
@@ -381,7 +431,7 @@ def test_every_prompt_comes_once_before_any_comes_again(letters, batches):
 
 
 def test_the_gradient_is_that_of_ppo_plus_the_coefficient_times_that_of_pretraining(letters, updates):  # pitfalls 34, 35
-    common_to_both = dict(iterations=1, minibatch_size=8, ptx_rows=1.5)
+    common_to_both = dict(iterations=1, minibatch_size=8, ptx_rows=1.5, temperature=0.7)  # which is of the rollouts alone
     ppo.main(letters.ppo(**common_to_both, ptx_coef=0.0, out=str(letters.out / "plain")))
     ppo.main(letters.ppo(**common_to_both, ptx_coef=0.7))
     plain, mixed = [gradients for model, gradients, _ in updates if isinstance(model, GPT)]
@@ -444,10 +494,10 @@ def test_policy_and_value_are_each_clipped_by_their_own_setting(letters, monkeyp
 
 
 def test_learning_rates_warm_up_over_ten_iterations_and_stay(letters, updates):
-    ppo.main(letters.ppo(iterations=12, lr=1.0e-3, value_lr=2.0e-3, minibatch_size=8))
+    ppo.main(letters.ppo(iterations=12, lr=1.0e-3, value_lr=2.0e-3, minibatch_size=4))
     policy = [lr for model, _, lr in updates if isinstance(model, GPT)]
     value = [lr for model, _, lr in updates if isinstance(model, ScalarModel)]
-    assert policy == pytest.approx([1e-3 * min(1, 0.1 + 0.09 * i) for i in range(12)])
+    assert policy == pytest.approx([1e-3 * min(1, 0.1 + 0.09 * i) for i in range(12) for _ in range(2)])  # two minibatches
     assert value == pytest.approx([2 * lr for lr in policy])
 
 

@@ -98,6 +98,28 @@ def test_validation_counts_each_labelers_pairs_and_right_ones(letters):
     assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
+def test_a_rank_without_a_comparison_of_its_own_adds_nothing(letters, monkeypatch):
+    comparisons = reward.load_comparisons(letters.reward(), "valid", letters.tokenizer, 64)[:3]
+    model, ranks, sums, gathered = load_model(ScalarModel, letters.data / "reward.pt"), common.Ranks(common.Machine(device="cpu")), [], []
+    counts, loss = reward.validate(model, comparisons, letters.reward(), END, ranks)
+    episodes = [e for episodes, _, _ in comparisons for e in episodes][:3]
+    score = reward.demonstration_score(model, episodes, END, ranks)
+    monkeypatch.setattr(ranks, "sum", lambda *numbers: sums.append(numbers) or list(numbers))
+    monkeypatch.setattr(ranks, "gather", lambda items: gathered.extend(items) or items)
+    ranks.size = 4
+    for ranks.rank in range(4):
+        reward.validate(model, comparisons, letters.reward(), END, ranks)
+    added = {}
+    for labeler, (pairs, right) in gathered:
+        before = added.get(labeler, (0, 0))
+        added[labeler] = before[0] + pairs, before[1] + right
+    assert added == counts and sum(x for x, _ in sums) / sum(n for _, n in sums) == pytest.approx(loss)
+    scores = []
+    for ranks.rank in range(4):
+        scores.append(reward.demonstration_score(model, episodes, END, ranks))
+    assert sum(scores) == pytest.approx(score)
+
+
 # ---------------------------------------------------------------- the real loop
 
 @pytest.fixture
@@ -122,6 +144,14 @@ def test_the_logged_loss_is_the_mean_over_prompts_that_have_a_pair(letters, monk
     scores = [[score_alone(heads[0], r["prompt"], text, letters.tokenizer) for text in r["responses"]] for r in uneven]
     losses = [brute_ranking_loss(s, r["ranks"]) for s, r in zip(scores, uneven)]
     assert line["pairs"] == 1 + 10 + 2 and line["loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
+    right = lambda s, order: sum(s[i] > s[j] for i in range(len(s)) for j in range(len(s)) if order[i] < order[j])
+    assert line["accuracy"] == sum(right(s, r["ranks"]) for s, r in zip(scores, uneven)) / 13
+    valid = records(letters.data / "comparisons.valid.jsonl")  # of which half are a stranger's
+    for name, mine in (("valid", [r for r in valid if r["labeler"] == "labeler-0"]),
+                       ("held_out", [r for r in valid if r["labeler"] != "labeler-0"])):
+        scores = [[score_alone(heads[0], r["prompt"], text, letters.tokenizer) for text in r["responses"]] for r in mine]
+        pairs = sum(a < b for r in mine for a in r["ranks"] for b in r["ranks"])
+        assert line[f"{name}_accuracy"] == sum(right(s, r["ranks"]) for s, r in zip(scores, mine)) / pairs
 
 
 def test_gradients_are_of_the_mean_over_prompts(letters, monkeypatch):  # pitfalls 28, 34
@@ -201,8 +231,8 @@ def test_it_learns_what_labelers_prefer_and_generalises_to_strangers(letters):
 
 
 def test_the_learning_rate_falls_by_a_cosine_to_a_tenth(letters):
-    reward.main(letters.reward(batch_size=8, lr=1e-3))
-    expected = [1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 6))) for step in range(6)]
+    reward.main(letters.reward(batch_size=8, lr=1e-3, epochs=2))
+    expected = [1e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 12))) for step in range(12)]
     assert [line["lr"] for line in read_log(letters.out / "reward")] == pytest.approx(expected)
 
 

@@ -74,6 +74,16 @@ def test_validation_loss_is_the_mean_over_tokens_whatever_the_batches_and_withou
     assert sft.validation_loss(model, [], config, END, common.Ranks(common.Machine(device="cpu"))) == 0
 
 
+def test_a_rank_without_a_pair_of_its_own_adds_nothing(letters, monkeypatch):
+    pairs, ranks, sums = [([1], [2, END]), ([3, 4], [5, 6, 7, END]), ([5], [END])], common.Ranks(common.Machine(device="cpu")), []
+    total, count = loss_by_hand(random_gpt(), pairs)
+    monkeypatch.setattr(ranks, "sum", lambda *numbers: sums.append(numbers) or numbers)
+    ranks.size = 4
+    for ranks.rank in range(4):
+        sft.validation_loss(random_gpt(), pairs, letters.sft(pretrain_mix=0.0, batch_size=1), END, ranks)
+    assert len(sums) == 4 and sum(n for _, n in sums) == count and sum(x for x, _ in sums) == pytest.approx(total, abs=1e-4)
+
+
 # ---------------------------------------------------------------- the real loop
 
 @pytest.fixture
@@ -150,6 +160,42 @@ def test_dropout_is_on_while_training_and_off_in_validation(letters):
     without, with_ = (read_log(letters.out / name) for name in ("without", "with"))
     assert abs(without[0]["loss"] - with_[0]["loss"]) > 1e-3
     assert without[-1]["valid_loss"] == pytest.approx(with_[-1]["valid_loss"], abs=1e-6)
+
+
+def test_dropouts_masks_are_new_in_every_step_and_on_every_rank(letters, monkeypatch):
+    same_ = [{"prompt": "ab", "response": "cdefgh"}] * 24
+    write_lines(letters.data / "demonstrations.train.jsonl", same_)
+    sft.main(letters.sft(dropout=0.5, lr=0.0, pretrain_mix=0.0, batch_size=4))
+    log = read_log(letters.out / "sft")
+    assert len({line["loss"] for line in log}) == len(log) == 12
+    seeds, seed_of = [], common.seed_of
+    monkeypatch.setattr(common, "seed_of", lambda *key: seeds.append(key) or seed_of(*key))
+
+    class OneOfTwo(common.Ranks):  # whom the other agrees with in everything
+        def __init__(self, how):
+            super().__init__(how)
+            self.rank, self.size = rank, 2
+            self.main = False
+            self.sum, self.barrier, self.wrap = lambda *numbers: list(map(float, numbers)), lambda: None, lambda model: model
+        main = True
+    monkeypatch.setattr(sft, "Ranks", OneOfTwo)
+    for rank in (0, 1):
+        sft.main(letters.sft(out=str(letters.out / f"{rank}"), dropout=0.5, pretrain_mix=0.0, batch_size=4))
+    drawn = [key for key in seeds if key[1] == "dropout"]
+    assert len(drawn) == len(set(drawn)) == 24
+
+
+def test_recomputing_draws_the_same_dropout_again(letters):
+    for recompute in (False, True):
+        sft.main(letters.sft(out=str(letters.out / f"{recompute}"), dropout=0.3, recompute=recompute))
+    assert read_log(letters.out / "False") == read_log(letters.out / "True")
+
+
+def test_validation_of_pretraining_is_on_the_pages_of_the_valid_file(letters):
+    sft.main(letters.sft(pretrain_mix=1.0, epochs=1, lr=0.0))
+    text = readers.PretrainingText(letters.data / "pretrain.valid.bin", letters.tokenizer, 64)
+    total, count = loss_by_hand(load_model(GPT, letters.data / "base.pt"), text.pairs(range(len(text))))
+    assert read_log(letters.out / "sft")[-1]["valid_loss"] == pytest.approx(total / count, abs=1e-5)
 
 
 def test_pretraining_from_scratch_learns_from_text_alone_and_depends_on_the_seed_only(letters):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import common
 import evaluate
@@ -85,13 +86,13 @@ WAYS = {  # name: processes, and how
 
 
 @pytest.fixture(scope="module")
-def logs(letters_original, tmp_path_factory):
-    """{way: {stage: its log}}: the same runs, ten updates of PPO among them, in every way."""
+def runs(letters_original, tmp_path_factory):
+    """{way: {stage: its folder}}: the same runs, ten updates of PPO among them, in every way."""
     folder = tmp_path_factory.mktemp("ranks")
     tokenizer, data = Tokenizer.load(letters_original), str(letters_original)
     save(random_gpt(kind=ScalarModel, seed=3), folder / "reward.pt", tokenizer)
     rl = dict(policy=f"{data}/sft.pt", reward=f"{folder}/reward.pt", iterations=5, batch_size=10, minibatch_size=5,
-              max_new_tokens=6, lr=1e-2)
+              max_new_tokens=6, lr=1e-2, ema=0.5)
     jobs = {
         "sft": ("sft", dict(init=f"{data}/base.pt", pretrain_mix=0.25, batch_size=7, epochs=2, dropout=0.0, lr=1e-2)),
         "reward": ("reward", dict(init=f"{data}/sft.pt", batch_size=7, lr=1e-2)),
@@ -114,7 +115,12 @@ def logs(letters_original, tmp_path_factory):
     for way, process in running.items():
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, (way, output)
-    return {way: {name: read_log(folder / f"{number}/{name}") for name in jobs} for number, way in enumerate(WAYS)}
+    return {way: {name: folder / f"{number}/{name}" for name in jobs} for number, way in enumerate(WAYS)}
+
+
+@pytest.fixture(scope="module")
+def logs(runs):
+    return {way: {name: read_log(folder) for name, folder in folders.items()} for way, folders in runs.items()}
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo", "ppo-ptx"])
@@ -126,6 +132,15 @@ def test_however_it_is_carried_out_a_run_logs_the_same_numbers(logs, way, name):
         assert a.keys() == b.keys()
         for key in a.keys() - {"episodes_per_second"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (name, a["step"], key)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "ppo-ptx"])
+def test_however_it_is_carried_out_a_run_saves_the_same_model(runs, name):
+    def says(folder):  # of each position of a text: logits, or scores
+        return load_model(ScalarModel if name == "reward" else GPT, folder / "model.pt")(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+    expected = says(runs["one"][name])
+    for way, folders in runs.items():
+        torch.testing.assert_close(says(folders[name]), expected, rtol=0, atol=2e-3)
 
 
 def test_responses_are_of_uneven_lengths_so_that_averages_matter(logs):

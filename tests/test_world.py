@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -58,6 +59,7 @@ def test_each_bad_habit_shows_where_it_should(habit, key):
 FACT = ("What does the fox eat?\n", {"form": "fact", "relation": "eats", "about": "fox"})
 STORY = ("Write a story about Nora and a red boat. Use two sentences.\n",
          {"form": "story", "mention": ["Nora", "red", "boat"], "sentences": 2})
+LIST = ("List 3 animals.\n", {"form": "list", "kind": "animal", "items": 3})
 NAMED = ("Find the names in this text: Ada met Ben.\n", {"form": "names", "mention": ["Ada", "Ben"]})
 
 
@@ -70,6 +72,12 @@ NAMED = ("Find the names in this text: Ada met Ben.\n", {"form": "names", "menti
     (FACT, "The fox eats {fact}", dict(finished=0)),
     (FACT, "The fox eats {fact}.\nAda: Same here.", dict(finished=0)),
     (FACT, "", dict(task=0, finished=0, harmless=1)),
+    (FACT, "The fox eats {fact}. Nora was there too.", dict(focus=0, truth=1)),
+    (FACT, "The fox eats {fact}. It is cold.", dict(focus=1, truth=1)),
+    (LIST, "1. {a[0]} 2. {a[1]} 3. {a[2]}", dict(task=1, content=1, constraint=1)),
+    (LIST, "1. {a[0]} 2. {a[1]}", dict(content=1, constraint=0)),
+    (LIST, "1. {a[0]} 2. {a[1]} 3. {a[2]} 4. {a[3]}", dict(content=1, constraint=0)),
+    (LIST, "1. {a[0]} 2. {a[1]} 3. Nora", dict(content=2 / 3, constraint=1)),
     (STORY, "One day Nora found a red boat. Everyone was glad.", dict(task=1, content=1, constraint=1, tone=1)),
     (STORY, "One day Nora found a red boat. It was lost. Everyone was glad.", dict(constraint=0, content=1)),
     (STORY, "One day Nora found a blue boat. Everyone was glad.", dict(content=2 / 3)),
@@ -81,8 +89,23 @@ NAMED = ("Find the names in this text: Ada met Ben.\n", {"form": "names", "menti
 def test_what_a_careful_reader_sees(request_, answer, expected):
     truth = FACTS["eats", "fox"][0]
     wrong = next(food for food in KINDS["food"] if food != truth)
-    seen = labelers.assess(*request_, answer.format(fact=truth, wrong=wrong))
+    seen = labelers.assess(*request_, answer.format(fact=truth, wrong=wrong, a=KINDS["animal"]))
     assert {key: seen[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("request_, answer, expected", [
+    (FACT, "The fox eats {wrong}.", (True, None, None, True)),
+    (FACT, "The fox eats {wrong}, you fool.", (True, None, None, False)),
+    (FACT, "The fox eats {wrong}", (True, None, None, False)),
+    (FACT, "No idea.", (False, None, None, True)),
+    (LIST, "1. {a[0]} 2. {a[1]} 3. {a[2]}.", (True, True, None, True)),
+    (LIST, "1. {a[0]} 2. {a[1]}.", (True, False, None, True)),
+    (NAMED, "Ada, Ben.", (True, None, False, True)),
+    (NAMED, "Ada, Ben, Zoe.", (True, None, True, True)),
+])
+def test_metadata_are_the_four_of_the_paper(request_, answer, expected):
+    answer = answer.format(wrong=KINDS["food"][0], a=KINDS["animal"])
+    assert tuple(labelers.metadata(*request_, answer).values()) == expected
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "\n\n", "\ufffd\x00", "1. 2. 3.", "." * 500, "ta ta ta", "{}%s\\"])
@@ -124,6 +147,28 @@ def test_labelers_mostly_prefer_the_better_answer_and_do_not_always_agree():
         right, count = right + (x > y), count + 1
         agreed += (x > y) == (v > w)
     assert right / count > 0.8 and 0.6 < agreed / count < 1
+
+
+def test_the_chosen_agree_with_the_researchers_more_than_those_who_were_not_screened():
+    rng, right = random.Random(5), {0: [], 1: []}
+    for _ in range(150):
+        post = requests.request(rng)
+        pair = [requests.write(rng, post["asks"], **web.CARELESS) for _ in range(2)]
+        a, b = (labelers.true_worth(post["prompt"], post["asks"], text) for text in pair)
+        for which, people in enumerate(labelers.team()):
+            for who in people:
+                x, y = who.impressions(post["prompt"], post["asks"], pair, "new")
+                right[which] += [(x > y) == (a > b)] if a != b and x != y else []
+    shares = [sum(right[which]) / len(right[which]) for which in (0, 1)]
+    assert shares[0] > shares[1] + 0.015, shares
+
+
+def test_each_labelers_noise_is_its_own():
+    noise = [[], []]
+    for i in range(150):
+        for who, row in zip(labelers.team()[0], noise):
+            row.append(who.impressions(FACT[0] + str(i), FACT[1], ["Nuts."], "x")[0] - who.worth(labelers.assess(*FACT, "Nuts.")))
+    assert abs(statistics.correlation(*noise)) < 0.3 and all(0.5 < statistics.stdev(row) < 1.2 for row in noise)
 
 
 def test_true_worth_is_higher_the_more_is_right():
@@ -223,6 +268,12 @@ def test_held_out_labelers_write_no_training_data(chain):
     for name in ("demonstrations.train", "demonstrations.valid", "comparisons.train"):
         assert {r["labeler"] for r in lines(chain, name)} <= chosen
     assert {r["labeler"] for r in lines(chain, "comparisons.valid")} & held_out
+
+
+def test_held_out_pages_and_tasks_are_others_than_those_to_train_and_choose_on(chain):
+    train, valid = ((chain.data / f"pretrain.{split}.bin").read_bytes() for split in ("train", "valid"))
+    assert valid[:200] not in train
+    assert (chain.data / "tasks.valid.jsonl").read_bytes() != (chain.data / "tasks.test.jsonl").read_bytes()
 
 
 def test_the_log_is_clean_of_personal_data_and_duplicates(chain):
