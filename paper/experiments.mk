@@ -7,8 +7,6 @@
 
 P = $(OUT)/paper
 SEEDS = 0 1 2
-# The seeds of over-optimization and of 16 epochs of SFT, which take three and four times as long as the default's.
-LONG = 0
 
 # ---------------------------------------------------------------- what is run
 
@@ -50,7 +48,7 @@ MEASURED = \
   $(foreach r,$(PUBLIC),$(EPOCHS:%=desktop-0/$(r)/epoch%)) \
   $(foreach s,$(SEEDS),$(foreach n,$(TRAINING),laptop-$(s)/ppo/iteration$(n) laptop-$(s)/ppo_noptx/iteration$(n)) \
     $(COEFFICIENTS:%=laptop-$(s)/%/model)) \
-  $(foreach s,$(LONG),laptop-$(s)/sft16/model $(LONG_EPOCHS:%=laptop-$(s)/sft16/epoch%) \
+  $(foreach s,$(SEEDS),laptop-$(s)/sft16/model $(LONG_EPOCHS:%=laptop-$(s)/sft16/epoch%) \
     $(foreach r,$(OPTIMIZED),laptop-$(s)/$(r)/model $(OPTIMIZING:%=laptop-$(s)/$(r)/iteration%)) laptop-$(s)/bestof)
 
 $(if $(filter paper,$(MAKECMDGOALS)),$(if $(filter-out 0,$(SEED)),$(error make paper trains the seeds $(SEEDS) itself; leave SEED out)))
