@@ -88,7 +88,8 @@ def sample(sources, prompts, counts, tokenizer, config, split, batch):
 
 
 def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
-    """-> comparisons on these records, whose prompts are given as token ids, too. Finished batches wait in the file `part`, so a stopped run goes on from there."""
+    """-> comparisons on these records, whose prompts are given as token ids, too. Finished batches wait in the file `part`, so a
+    stopped run goes on from there."""
     teams = labelers.team()
     inputs = sorted({source.split("@")[0] for source in config.sources.split(",")}) + [f"{config.data}/prompts.{split}.jsonl"]
     signature = json.dumps([{k: v for k, v in vars(config).items() if k not in ("append", "device")},

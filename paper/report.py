@@ -401,13 +401,14 @@ def sft_epochs(m, config):
         right.set(ylabel="reward-model score, validation prompts")
     yield "## SFT epochs (3.4)"
     yield "![SFT epochs](figures/epochs.png)"
-    yield table(["epoch", *map(str, epochs)], [["validation loss", *(f"{losses[n - 1][0]:.4f}" for n in epochs)],
+    exact = lambda x, sign="": f"{x[0]:{sign}.4f}" + f" ± {x[1]:.4f}" * (x[2] > 1)  # over the seeds: one alone has no interval
+    yield table(["epoch", *map(str, epochs)], [["validation loss", *(exact(losses[n - 1]) for n in epochs)],
                                                ["reward-model score", *map(plain, scores)]])
     yield f"At the laptop's size, {seeds_of(scores[-1])}; dropout 0.2 (C.1)."
     lowest = min(range(len(losses)), key=lambda i: losses[i][0])
     rise = estimate([[log[-1]["valid_loss"] - log[3]["valid_loss"]] for log in logs])
     yield Claim("validation loss is higher after 16 epochs than after 4, the default", "it rises after 1 epoch",
-                f"{rise[0]:+.4f}; lowest after epoch {lowest + 1}", None if len(logs) == 1 else above(rise))
+                f"{exact(rise, '+')}; lowest after epoch {lowest + 1}", above(rise) if rise[2] > 1 else None)
     climb = m.change(size, files[-1], "sft16/epoch1", "score, validation prompts")
     yield Claim("reward-model score is higher after 16 epochs than after 1", "higher", plain(climb, True), above(climb))
 

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -250,12 +251,10 @@ def test_the_headline_says_what_was_measured():
 
 
 def test_bars_stand_at_their_group_with_their_error():
-    drawn = []
-    axis = SimpleNamespace(bar=lambda x, y, width, yerr, label, **more: drawn.append((label, x, y, yerr)),
-                           set_xticks=lambda *rest: None, set=lambda **more: None)
-    axis.spines = type("Spines", (), {"__getitem__": lambda self, key: SimpleNamespace(set_visible=lambda on: None)})()
+    axis = mock.MagicMock()
     values = {"a": {"SFT": (0.5, 0.1, 3), "PPO": (0.7, 0.2, 3)}, "b": {"SFT": (0.25, 0.05, 3), "PPO": (None, None, 0)}}
     report_.bars(axis, ["a", "b"], values, ["SFT", "PPO"], "share")
+    drawn = [(call.kwargs["label"], *call.args[:2], call.kwargs["yerr"]) for call in axis.bar.call_args_list]
     assert [(label, len(x), y, error) for label, x, y, error in drawn] == [
         ("SFT", 2, [50, 25], [10, 5]), ("PPO", 1, [70], [20])]
     assert drawn[0][1] == (-0.2, 0.8) and drawn[1][1] == (0.2,)

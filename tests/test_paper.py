@@ -822,8 +822,8 @@ def test_where_reward_models_are_no_better_on_labelers_they_saw(world):
 def test_epochs_are_counted_from_one(world):
     config = world(as_in_the_paper)
     assert claims(config, report.sft_epochs)["validation loss is higher after 16 epochs than after 4, the default"].here == (
-        "+12.0000; lowest after epoch 3")
-    assert "| epoch | 1 | 2 | 4 | 8 | 12 | 16 |\n|---|---|---|---|---|---|---|\n| validation loss | 3.0000 | 2.0000 | 2.0000 |" in (
+        "+12.0000 ± 0.0000; lowest after epoch 3")
+    assert "| epoch | 1 | 2 | 4 | 8 | 12 | 16 |\n|---|---|---|---|---|---|---|\n| validation loss | 3.0000 ± 0.0000 | 2.0000 ± 0.0000 | 2.0000 ± 0.0000 |" in (
         text_of(config, report.sft_epochs))
 
 

@@ -175,9 +175,8 @@ def test_dropouts_masks_are_new_in_every_step_and_on_every_rank(letters, monkeyp
         def __init__(self, how):
             super().__init__(how)
             self.rank, self.size = rank, 2
-            self.main = False
             self.sum, self.barrier, self.wrap = lambda *numbers: list(map(float, numbers)), lambda: None, lambda model: model
-        main = True
+        main = True  # each has a folder of its own here
     monkeypatch.setattr(sft, "Ranks", OneOfTwo)
     for rank in (0, 1):
         sft.main(letters.sft(out=str(letters.out / f"{rank}"), dropout=0.5, pretrain_mix=0.0, batch_size=4))
