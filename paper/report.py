@@ -183,7 +183,7 @@ def truth(m, config):
             grey, both = ([m.mean(size, FILES[name], key) for name in models] for key in ("truthful", "truthful and informative"))
             axis.bar(range(len(models)), [100 * n[0] for n in grey], 0.8, color="#eeeeee", edgecolor="grey", linewidth=0.5)
             columns(axis, models, both, [COLOURS[name] for name in models])
-            axis.set(title=size, ylim=(0, 100), ylabel="answers (%): truthful (grey), and informative" if axis is axes[0] else "")
+            axis.set(title=size, ylim=(0, 100), ylabel="answers (%): truthful (grey),\nand informative (colour)" if axis is axes[0] else "")
             axis.tick_params(axis="x", rotation=60)
     yield "## Figure 5b: truth"
     yield "![truth](figures/figure5b.png)"
@@ -310,7 +310,8 @@ def coefficients(m, config):
             axis.set_xticks(x, [f"{value:g}" for value in runs], minor=False)
             axis.minorticks_off()
             right = axis.twinx()
-            line(right, x, list(score[what].values()), "reward-model score", "--s", "#666666", scale=1)
+            beside = [1.1 * value for value in x]  # so that neither's error bars hide the other's
+            line(right, beside, list(score[what].values()), "reward-model score", "--s", "#666666", scale=1)
             right.set(ylabel="reward-model score")
     yield "## Coefficients (4.2, appendix E)"
     yield "![coefficients](figures/coefficients.png)"
@@ -397,7 +398,7 @@ def sft_epochs(m, config):
         line(axis, range(1, len(losses) + 1), losses, "validation loss", "--^", COLOURS["SFT"], scale=1)
         axis.set(xlabel="SFT epoch", ylabel="validation loss (nats a token)")
         right = axis.twinx()
-        line(right, epochs, scores, "reward-model score", "-s", "#666666", scale=1)
+        line(right, [n + 0.2 for n in epochs], scores, "reward-model score", "-s", "#666666", scale=1)
         right.set(ylabel="reward-model score, validation prompts")
     yield "## SFT epochs (3.4)"
     yield "![SFT epochs](figures/epochs.png)"
