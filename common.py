@@ -6,10 +6,12 @@ ends with the same weights as one that never was, and ranks can draw the same nu
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import inspect
 import io
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -100,9 +103,6 @@ def guard(work):
         print(f"{name}: stopped; the same command goes on from the last checkpoint, or starts over where none was made",
               file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Interrupt:
@@ -143,6 +143,14 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 HOW = {field.name for field in dataclasses.fields(Machine)} - {"precision"} | {"out", "save_every"}
 
 
+def leave():
+    """End the process group when nothing holds it any more, and gloo's threads with it: one that is left while Python shuts down
+    aborts it now and then (SIGABRT), when all work is done."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Ranks:
     """Who is running, and how: one process, or this one among those that torchrun started (one a GPU, or several on a
     CPU). `how` is a Machine."""
@@ -177,6 +185,10 @@ class Ranks:
             # After a restart by torchrun the store still holds where the dead ranks were to be found: look elsewhere.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+            atexit.register(leave)
+        if how.shard:
+            self.mesh = init_device_mesh(self.device.type, (self.size,))
+            atexit.register(self.mesh._pg_registry.clear)  # DTensor's caches keep the mesh, and it would keep the group
 
     @property
     def main(self):
@@ -256,7 +268,7 @@ class Ranks:
         else:
             mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
             for module in (*model.blocks, model):  # gathered one block at a time, and let go after use
-                fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
+                fully_shard(module, mesh=self.mesh, mp_policy=mixed, reshard_after_forward=True)
             with torch.no_grad():  # which module is the root is settled in its first pass: before any block's alone
                 model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         return model
