@@ -54,9 +54,8 @@ class Config:
 
 def sample(model, prompts, most, purpose, tokenizer, config, ranks):
     """One response at temperature 1 to each text -> (prompt ids, response ids) pairs. Two models' samples are independent."""
-    room, pairs = model.config.context - most - 1, []
+    pairs, encoded = [], [tokenizer.encode(text) for text in prompts]
     who = "/".join([*Path(config.model).parts[-3:], "few-shot" * config.few_shot])
-    encoded = [tokenizer.encode(text)[-room:] for text in prompts]
     for first in range(0, len(prompts), 256):
         chosen = encoded[first : first + 256]
         uniforms = torch.rand(len(chosen), most, generator=common.generator(config.seed, f"{purpose} of {who}", first))
