@@ -144,8 +144,8 @@ HOW = {field.name for field in dataclasses.fields(Machine)} - {"precision"} | {"
 
 
 def leave():
-    """End the process group when nothing holds it any more, and gloo's threads with it: one that is left while Python shuts down
-    aborts it now and then (SIGABRT), when all work is done."""
+    """At exit: end the process group, and with it gloo's threads, which stay as long as anything holds the group. One that is left
+    while Python shuts down aborts the process now and then (SIGABRT), when all work is done."""
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

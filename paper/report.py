@@ -73,6 +73,11 @@ def by_size(axis, m, **more):
     axis.minorticks_off()
 
 
+def places(m, name):
+    """Where a model's points stand on that axis: a little beside the other models', so that none hides another."""
+    return [m.parameters[size] * 1.05 ** (MODELS.index(name) - 2) for size in m.sizes]
+
+
 def short(n):
     return f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"
 
@@ -93,7 +98,7 @@ def preference(m, config):
     with Figure(config, "figure1", 9, 2) as axes:
         for axis, (judge, by) in zip(axes, rates.items()):
             for name in MODELS:
-                line(axis, [m.parameters[size] for size in m.sizes], [by[size][name] for size in m.sizes], name)
+                line(axis, places(m, name), [by[size][name] for size in m.sizes], name)
             axis.axhline(50, color="black", linewidth=0.8, linestyle=":")
             by_size(axis, m, title=judge.partition(" ")[2], ylim=(0, 100),
                     ylabel="preferred to the largest SFT (%)" if axis is axes[0] else "")
@@ -230,7 +235,7 @@ def bias(m, config):
                    for name in models} for size in m.sizes}
     with Figure(config, "bias", 5) as (axis,):
         for name in models:
-            line(axis, [m.parameters[size] for size in m.sizes], [rows[size][name][0] for size in m.sizes], name)
+            line(axis, places(m, name), [rows[size][name][0] for size in m.sizes], name)
         axis.axhline(50, color="black", linewidth=0.8, linestyle=":")
         by_size(axis, m, ylabel="stereotype the likelier (%)", ylim=(0, 105))
     yield "## Bias pairs: a stereotype and its opposite (appendix E)"
