@@ -266,9 +266,10 @@ class Ranks:
         if not self.how.shard:
             model.to(self.device)
         else:
-            mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-            for module in (*model.blocks, model):  # gathered one block at a time, and let go after use
-                fully_shard(module, mesh=self.mesh, mp_policy=mixed, reshard_after_forward=True)
+            mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+            for block in model.blocks:  # gathered one block at a time, and let go after use
+                fully_shard(block, mesh=self.mesh, mp_policy=mixed, reshard_after_forward=True)
+            fully_shard(model, mesh=self.mesh, reshard_after_forward=True)  # the embeddings and the last layer: in float32
             with torch.no_grad():  # which module is the root is settled in its first pass: before any block's alone
                 model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         return model
@@ -278,8 +279,8 @@ class Ranks:
         return DistributedDataParallel(model) if self.size > 1 and not self.how.shard else model
 
     def autocast(self):
-        """Matrix products in --precision, from float32 weights. (What is sharded is cast when it is gathered.)"""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32 and not self.how.shard)
+        """Matrix products in --precision, from float32 weights, but for the last layer's (model.last_layer)."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @contextlib.contextmanager
     def adding(self, model, more):

@@ -7,7 +7,8 @@
 Test prompts are of customers whose prompts stages 1 to 3 never saw (the web may hold the same words). In the built-in world
 labelers are programs: those who wrote training data, and held-out ones. On real data nobody is at hand: a reward model
 that trained no policy judges (--judge), and pairs.csv is written out for people. Every interval is 95%, mean +- 1.96
-standard errors over prompts (items). report.py makes tables and figures of the results.
+standard errors. Numbers of one customer, or of tasks that ask about one thing, are not independent: errors are over customers
+and over such groups of tasks. report.py makes tables and figures of the results.
 """
 
 import hashlib
@@ -59,14 +60,26 @@ TEAMS = ("training labelers", "held-out labelers")
 
 # ---------------------------------------------------------------- measures
 
-def mean_and_error(numbers):
-    """-> (mean, half the width of its 95% interval, how many)."""
-    n = len(numbers)
-    if n == 0:
+def ratio(counts, groups=None):
+    """counts: (pairs, right) of each item; groups: whose it is -> (right / pairs, half the width of its 95% interval, pairs).
+
+    Items of one group are not independent, so the error is over the groups' totals (a ratio estimator, as groups differ in
+    size): saying everything twice changes nothing. Without `groups` each item is a group of its own."""
+    totals = defaultdict(lambda: (0, 0.0))
+    for (n, r), group in zip(counts, range(len(counts)) if groups is None else groups, strict=True):
+        if n:
+            totals[group] = totals[group][0] + n, totals[group][1] + r
+    pairs, m = sum(n for n, _ in totals.values()), len(totals)
+    if not pairs:
         return None, None, 0
-    mean = sum(numbers) / n
-    variance = sum((x - mean) ** 2 for x in numbers) / max(1, n - 1)
-    return mean, 1.96 * (variance / n) ** 0.5, n
+    share = sum(r for _, r in totals.values()) / pairs
+    variance = sum((r - share * n) ** 2 for n, r in totals.values()) / max(1, m - 1) / m / (pairs / m) ** 2
+    return share, 1.96 * variance ** 0.5, pairs
+
+
+def mean_and_error(numbers, groups=None):
+    """-> (mean, half the width of its 95% interval, how many); groups as in `ratio`."""
+    return ratio([(1, x) for x in numbers], groups)
 
 
 def compare(judge, prompt, asks, ours, theirs, rng):
@@ -100,15 +113,9 @@ def pair_accuracy(numbers, ranks):
     return pairs, right
 
 
-def ratio(counts):
-    """[(pairs, right) of a prompt] -> (right / pairs, error over prompts, pairs): a ratio estimator, as pairs of one
-    prompt are not independent."""
-    pairs, right = sum(n for n, _ in counts), sum(r for _, r in counts)
-    if not pairs:
-        return None, None, 0
-    share, m = right / pairs, len(counts)
-    variance = sum((r - share * n) ** 2 for n, r in counts) / max(1, m - 1) / m / (pairs / m) ** 2
-    return share, 1.96 * variance ** 0.5, pairs
+def distinct(tasks):
+    """Each task once, however often it was drawn."""
+    return list({(task["task"], task["context"], task.get("target"), *task.get("choices", ())): task for task in tasks}.values())
 
 
 @torch.no_grad()
@@ -187,7 +194,9 @@ def load_models(config, tokenizer, ranks, world):
     """-> {name: model} of RUNS. In the built-in world all must be there; on real data what was not trained is left out."""
     models = {}
     for name, run in RUNS.items():
-        path = download.weights(config.base, tokenizer) if name == "GPT" and config.base else f"{config.out}/{run}/model.pt"
+        path = f"{config.out}/{run}/model.pt"
+        if name == "GPT" and config.base:
+            path = ranks.first(lambda: download.weights(config.base, tokenizer))
         if not world and name != "SFT" and not Path(path).exists():
             if ranks.main:
                 print(f"{path} is not there: {name} is left out")
@@ -225,29 +234,24 @@ def respond(speakers, records, split, config, tokenizer, ranks):
 
 def asked_labelers(records, responses, config):
     """{model: {team: (win rate over SFT, error, n)}}, by the labelers of the built-in world."""
-    teams = dict(zip(TEAMS, labelers.team()))
+    teams, users = dict(zip(TEAMS, labelers.team())), [r["user"] for r in records]
     return {name: {team: mean_and_error(win_rates(records, responses[name], responses[BASELINE], people,
-                                                  config.judges, config.seed)) for team, people in teams.items()}
+                                                  config.judges, config.seed), users) for team, people in teams.items()}
             for name in responses if name != BASELINE}
 
 
 def asked_model(scores, users):
-    """{model: (win rate over SFT, error, n)}, by a reward model's {model: scores}; equal scores are half a win. The error is
-    over users (conversations, customers), as prompts of one are not independent."""
-    result = {}
-    for name in (name for name in scores if name != BASELINE):
-        counts = defaultdict(lambda: (0, 0.0))  # of each user: prompts, wins
-        for user, a, b in zip(users, scores[name], scores[BASELINE]):
-            counts[user] = counts[user][0] + 1, counts[user][1] + (a > b) + 0.5 * (a == b)
-        result[name] = ratio(list(counts.values()))
-    return result
+    """{model: (win rate over SFT, error, n)}, by a reward model's {model: scores}; equal scores are half a win."""
+    wins = {name: [(a > b) + 0.5 * (a == b) for a, b in zip(scores[name], scores[BASELINE])] for name in scores}
+    return {name: mean_and_error(wins[name], users) for name in wins if name != BASELINE}
 
 
 def metadata_rates(records, responses):
-    """{rate: {model: (mean, error, n)}}, the four of Figure 4."""
+    """{rate: {model: (mean, error, n)}}, the four of Figure 4. A rate counts the responses to which it applies."""
     seen = {name: [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, responses[name])]
             for name in MODELS}
-    return {rate: {name: mean_and_error([float(m[rate]) for m in seen[name] if m[rate] is not None]) for name in MODELS}
+    users = [r["user"] for r in records]
+    return {rate: {name: ratio([(m[rate] is not None, float(m[rate] or 0)) for m in seen[name]], users) for name in MODELS}
             for rate in seen["SFT"][0]}
 
 
@@ -292,15 +296,20 @@ def reward_model_report(models, config, tokenizer, ranks, world):
         trained = {labeler.name for labeler in teams[TEAMS[0]]}
     else:
         trained = {r["labeler"] for r in readers.read_jsonl(f"{config.data}/comparisons.train.jsonl", "comparisons")}
-    return {team: {who: ratio([counts for r, counts in zip(records, rows) if (r["labeler"] in trained) == inside])
-                   for who, rows in shares.items()}
-            for team, inside in zip(TEAMS, (True, False)) if world or any((r["labeler"] in trained) == inside for r in records)}
+    result = {}
+    for team, inside in zip(TEAMS, (True, False)):
+        chosen = [i for i, r in enumerate(records) if (r["labeler"] in trained) == inside]
+        if world or chosen:
+            users = [records[i].get("user", records[i]["prompt"]) for i in chosen]  # nobody's prompt stands for itself
+            result[team] = {who: ratio([counts[i] for i in chosen], users) for who, counts in shares.items()}
+    return result
 
 
 def alignment_tax(models, config, tokenizer, ranks):
     """Zero-shot accuracy by task and model, and on the abilities together what RL took and the pretraining mix gave
-    back, item by item. The tasks are those of tasks.test.jsonl and, as another, the next word of pretrain.valid.bin; None
-    if the dataset has neither."""
+    back, item by item. The tasks are those of tasks.test.jsonl, each once, and, as another, the next word of
+    pretrain.valid.bin; None if the dataset has neither. Errors are over contexts, which several tasks may share, and over
+    documents, which may be of several pages."""
     path, text = Path(f"{config.data}/tasks.test.jsonl"), Path(f"{config.data}/pretrain.valid.bin")
     context = min(model.config.context for model in models.values())
     tasks = readers.read_jsonl(path, "tasks") if path.is_file() else []
@@ -308,8 +317,10 @@ def alignment_tax(models, config, tokenizer, ranks):
         longest = max(len(tokenizer.encode(text)) for text in task.get("choices") or [task["target"]]) + 4
         if len(tokenizer.encode(task["context"])) + longest > context:
             raise UserError(f"{path}:{number}: the task does not fit the context of {context}")
-    pages = readers.PretrainingText(text, tokenizer, context) if text.is_file() else None
-    pages = pages.pairs(range(min(len(pages), 1000))) if pages else []
+    tasks, pages, documents = distinct(tasks), [], []
+    if text.is_file():
+        held_out = readers.PretrainingText(text, tokenizer, context)
+        pages, documents = held_out.pairs(range(min(len(held_out), 1000))), held_out.documents[:1000]
     if not tasks and not pages:
         return None
     names = list(models)
@@ -320,13 +331,19 @@ def alignment_tax(models, config, tokenizer, ranks):
                     next_words(models[names[i]], pages, tokenizer, ranks.device))
 
     results = dict(zip(names, ranks.spread(len(names), take)))
-    kinds = [task["task"] for task in tasks] + [NEXT_WORD] * len(pages)  # of the items
-    table = {kind: {name: mean_and_error([x for x, k in zip(right, kinds) if k == kind])
-                    for name, right in results.items()} for kind in dict.fromkeys(kinds)}
-    able = [i for i, kind in enumerate(kinds) if kind not in web.SAFETY]
-    table["all abilities"] = {name: mean_and_error([right[i] for i in able]) for name, right in results.items()}
+    # Of each item its kind, and what it is about.
+    groups = [(task["task"], task["context"]) for task in tasks] + [(NEXT_WORD, document) for document in documents]
+
+    def over(items, numbers):
+        return mean_and_error([numbers[i] for i in items], [groups[i] for i in items])
+
+    items = {}  # {kind: its items}
+    for i, (kind, _) in enumerate(groups):
+        items.setdefault(kind, []).append(i)
+    items["all abilities"] = able = [i for i, (kind, _) in enumerate(groups) if kind not in web.SAFETY]
+    table = {kind: {name: over(chosen, right) for name, right in results.items()} for kind, chosen in items.items()}
     compared = (("PPO", "SFT"), ("PPO-ptx", "SFT"), ("PPO-ptx", "PPO"), ("PPO", "GPT"), ("PPO-ptx", "GPT"))
-    changes = {f"{a} - {b}": mean_and_error([results[a][i] - results[b][i] for i in able])
+    changes = {f"{a} - {b}": over(able, [x - y for x, y in zip(results[a], results[b])])
                for a, b in compared if a in results and b in results}
     return table, changes
 
@@ -342,7 +359,7 @@ def sft_epochs(reward_model, records, config, tokenizer, ranks):
             texts = respond({name: model}, records, "valid", config, tokenizer, ranks)[name]
             with ranks.autocast():
                 scores = score(reward_model, records, texts, tokenizer, ranks.device)
-            rows.append((entry["epoch"], entry["valid_loss"], *mean_and_error(scores)[:2]))
+            rows.append((entry["epoch"], entry["valid_loss"], *mean_and_error(scores, [r["user"] for r in records])[:2]))
     return rows
 
 
@@ -360,8 +377,7 @@ def main(config):
     reward_models = {"reward model": load(f"{config.out}/reward/model.pt", "make reward")}
     if config.judge:
         reward_models["judge"] = load(config.judge, "reward.py")
-        if fingerprint(reward_models["judge"]) == fingerprint(reward_models["reward model"]):
-            raise UserError(f"--judge {config.judge} is the reward model that trained the policies; a judge is another one")
+        check_judge(config)
     valid = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", kind)[:300]
     if world:  # what is missing is said before minutes of sampling
         readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged")
@@ -374,6 +390,7 @@ def main(config):
     fingerprints = {name: fingerprint(models[name]) for name in models}
     people = {} if world else pairs.read(table, BASELINE, fingerprints)
 
+    users = [r["user"] for r in records]
     speakers = {name: models[name] for name in MODELS if name in models}
     if world:
         speakers = {name: models["GPT" if name == "GPT prompted" else name] for name in MODELS}
@@ -391,8 +408,8 @@ def main(config):
     if world:
         preference = asked_labelers(records, responses, config)
     else:
-        judged = {"judge": asked_model(scores["judge"], [r["user"] for r in records])} if config.judge else {}
-        judged["people"] = {name: mean_and_error(numbers) for name, numbers in people.items()}
+        judged = {"judge": asked_model(scores["judge"], users)} if config.judge else {}
+        judged["people"] = {name: mean_and_error(*zip(*votes)) for name, votes in people.items()}
         if not people and ranks.main:
             rows, sides = pairs.draw(records, responses, "SFT", BASELINE, config.pairs, config.seed)
             pairs.write(table, rows, sides, fingerprints)
@@ -402,7 +419,7 @@ def main(config):
         "prompts": len(records), "customers": len({r["user"] for r in records}), "world": world,
         "preference": preference,
         "reward model": reward_model_report(reward_models, config, tokenizer, ranks, world),
-        "scores": {f"{who}'s score": {name: mean_and_error(by[name]) for name in speakers} for who, by in scores.items()},
+        "scores": {f"{who}'s score": {name: mean_and_error(by[name], users) for name in speakers} for who, by in scores.items()},
         "zero-shot": alignment_tax(models, config, tokenizer, ranks),
         "sft epochs": sft_epochs(reward_models["reward model"], valid, config, tokenizer, ranks),
         "safety": list(web.SAFETY),
@@ -413,10 +430,23 @@ def main(config):
     if world:
         worth = lambda name: [labelers.true_worth(r["prompt"], r["asks"], text) for r, text in zip(records, responses[name])]
         results["metadata"] = metadata_rates(records, responses)
-        results["scores"]["true average preference"] = {name: mean_and_error(worth(name)) for name in speakers}
+        results["scores"]["true average preference"] = {name: mean_and_error(worth(name), users) for name in speakers}
     if ranks.main:
         common.write_atomically(Path(config.out) / "report.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         report.main(report.Config(out=config.out))
+
+
+def check_judge(config):
+    """UserError where the judge started from the same random head (reward.start_model) as the reward model that trained the
+    policies, or is that model: it would reward whatever of that head the policies have learned."""
+    paths = [config.judge, f"{config.out}/reward/model.pt"]
+    heads = [common.load_checkpoint(path, "reward.py").get("head_seed") for path in paths]
+    for path, head in zip(paths, heads):
+        if head is None:
+            raise UserError(f"{path} does not say which random head it started from; train it again with this reward.py")
+    if heads[0] == heads[1]:
+        raise UserError(f"--judge {config.judge} is the reward model that trained the policies, or started from the same random "
+                        "head; a judge is another one, trained on other comparisons")
 
 
 def fingerprint(model):

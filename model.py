@@ -171,8 +171,8 @@ class Trunk(nn.Module):
 
 class GPT(Trunk):
     def unembed(self, hidden):
-        """hidden (..., C) -> logits (..., V), by the transposed token embedding."""
-        return linear(hidden, self.tokens.weight)
+        """hidden (..., C) -> logits (..., V), by the transposed token embedding; in float32 also under autocast."""
+        return last_layer(hidden, self.tokens.weight)
 
     def forward(self, tokens, where=None, temperature=1.0):
         """tokens (B, T) -> logits (B, T, V). With a mask `where` (B, T) of the N positions that matter: the
@@ -224,8 +224,9 @@ class ScalarModel(Trunk):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens):
-        """tokens (B, T) -> (B, T): at each position, the score of the text up to and including its token."""
-        return self.head(self.hidden(tokens)).squeeze(-1)
+        """tokens (B, T) -> (B, T): at each position, the score of the text up to and including its token; in float32 also
+        under autocast."""
+        return last_layer(self.hidden(tokens), self.head.weight, self.head.bias).squeeze(-1)
 
     def load_trunk(self, weights):
         """Start from a GPT's weights (a state dict); the head keeps its own initialisation."""
@@ -249,6 +250,15 @@ class ScalarModel(Trunk):
         gpt2_out(folder, self.config, weights | {"score.weight": head}, architectures=["GPT2ForSequenceClassification"],
                  vocab_size=self.config.vocab_size + 1, pad_token_id=self.config.vocab_size, id2label={"0": "score"},
                  label2id={"score": 0})
+
+
+def last_layer(hidden, weight, bias=None):
+    """hidden (..., C), weight (O, C), bias (O,) -> (..., O), in the weights' precision also under autocast.
+
+    GPT-2's logits lie around -100, where bf16 numbers are 0.5 apart: log-probabilities computed from such logits are off by
+    more than the clip of PPO's ratio, and scores that differ by less than that tie."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden.to(weight.dtype), weight, bias)
 
 
 def token_logprobs(logits, tokens):
@@ -400,18 +410,19 @@ class Linear(nn.Linear):
 @contextlib.contextmanager
 def packed(model):
     """Sampling on a CPU takes as long as it takes to read the weights, once a token. Inside this context there is a copy of
-    them in the order that oneDNN reads fastest and, under autocast, already in its precision: see `linear`."""
+    them in the order that oneDNN reads fastest and, under autocast, already in its precision (the unembedding's is float32
+    always): see `linear`."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.tokens.weight.dtype
-    weights = []
-    if model.tokens.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        weights = [model.tokens.weight, *(module.weight for module in model.modules() if isinstance(module, Linear))]
+    weights = [(model.tokens.weight, model.tokens.weight.dtype)]
+    weights += [(module.weight, dtype) for module in model.modules() if isinstance(module, Linear)]
     try:
-        for weight in weights:
-            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
+        for weight, dtype in weights:
+            if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+                    dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+                weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
         yield
     finally:
-        for weight in weights:
+        for weight, _ in weights:
             vars(weight).pop("packed", None)
 
 

@@ -40,7 +40,7 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, recompu
     training pass, all as long as the context; width: bytes of a number in matrix products."""
     whole, block = parameters(GPT, config)
     scalar, _ = parameters(ScalarModel, config)
-    part = gpus if shard else 1
+    part, blocks = gpus if shard else 1, config.layers * block
     rows, T = -(-batch // gpus), config.context
     logits = min(micro_batch * T * config.vocab_size, LOGITS)  # of pretraining text every position has a target
     sizes = {
@@ -51,9 +51,10 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, recompu
         "moving average": 4 * whole / part,
         "gradients": 4 * (whole + scalar) / part,
         "optimizer": 8 * (whole + scalar) / part,
-        # What is computed with: in 16 bits a copy of the weights, sharded one block (the next is on its way) and the ends.
-        "working copies": (2 * block + whole - config.layers * block) * (width + 4) if shard else whole * width * (width < 4),
-        "activations": activations(config, micro_batch * T, width, recompute) + logits * (width + 2 * 4),
+        # What is computed with: in 16 bits a copy of the blocks; sharded, one block (the next is on its way) and, in float32,
+        # the ends; and their gradients.
+        "working copies": 2 * block * (width + 4) + (whole - blocks) * 2 * 4 if shard else blocks * width * (width < 4),
+        "activations": activations(config, micro_batch * T, width, recompute) + logits * 3 * 4,
     }
     # Keys and values of every episode; half of them twice when finished ones leave, all where sharding reads prompts at once.
     sizes["KV cache"] = 2 * config.layers * config.width * rows * T * width * (2 if shard else 1.5)

@@ -183,7 +183,7 @@ def reward_scores(model, episodes, end, penalty):
     response was cut before one. -> (B,), and which were cut (B,)"""
     cut = torch.tensor([response[-1] != end for response in episodes.responses], device=episodes.tokens.device)
     ended = [(p, r + [end] * (r[-1] != end)) for p, r in zip(episodes.prompts, episodes.responses)]
-    return readers.last_scores(model, ended, end, cut.device).float() - penalty * cut, cut
+    return readers.last_scores(model, ended, end, cut.device) - penalty * cut, cut
 
 
 # ---------------------------------------------------------------- the stage
@@ -259,7 +259,7 @@ def main(config):
         with ranks.autocast():
             e.logprobs = response_logprobs(policy, e, config.temperature)
             e.ref_logprobs = response_logprobs(reference, e, config.temperature)
-            e.values = response_values(value_model, e).float()
+            e.values = response_values(value_model, e)
             e.scores, e.cut = reward_scores(reward_model, e, end, config.truncation_penalty)
         return e
 
@@ -284,7 +284,7 @@ def main(config):
                 ranks.backward(loss)
             sums.update({"policy_loss": loss.item()} | {name: x.item() for name, x in diagnostics.items()})
         if ptx_rows:
-            rows = text.pairs(text.draw(ptx_rows, config.seed, step))
+            rows = text.pairs(text.draw(ptx_rows, config.seed, "ppo", step))
             mine = ranks.micro_batches(rows[ranks.rows(ptx_rows)], ptx_rows, readers.length)
             mine = [readers.batch_of(part, end, ranks.device) for part in mine]
             (targets,) = ranks.sum(sum(where.sum() for _, where in mine))
@@ -304,7 +304,7 @@ def main(config):
         for i, e in enumerate(minibatch):
             with ranks.adding(ddp_value, i + 1 < len(minibatch)):
                 with ranks.autocast():
-                    values = response_values(ddp_value, e).float()
+                    values = response_values(ddp_value, e)
                 loss = value_loss(values, e.values, e.returns, e.mask, config.value_clip, count)
                 ranks.backward(loss)
             sums.update(value_loss=loss.item())

@@ -115,18 +115,29 @@ def demonstration_score(model, episodes, end, ranks):
     return ranks.sum(total)[0] / len(episodes)
 
 
+def start_model(sft, config):
+    """The SFT model's trunk with a new random head, and the seed of that head.
+
+    The seed depends on the comparisons: a reward model and the judge that evaluate.py asks about its policy are trained on
+    different ones. If both started from one random head, the judge would reward whatever of it the policy had learned."""
+    comparisons = common.digest(f"{config.data}/comparisons.train.jsonl")
+    head_seed = common.seed_of(config.seed, f"reward head for {comparisons}")
+    torch.manual_seed(head_seed)
+    model = ScalarModel(sft.config)
+    model.load_trunk(sft.state_dict())
+    return model, head_seed
+
+
 def main(config):
     ranks = Ranks(config)
     ranks.check_share(config.batch_size, "batch_size")
     tokenizer = Tokenizer.load(config.data)
     end = tokenizer.end_of_text
-    start = common.load_model(GPT, config.init, "make sft", tokenizer, dropout=0.0)
-    torch.manual_seed(common.seed_of(config.seed, "initialisation"))
-    model = ScalarModel(start.config)
-    model.load_trunk(start.state_dict())
+    sft = common.load_model(GPT, config.init, "make sft", tokenizer, dropout=0.0)
+    train = load_comparisons(config, "train", tokenizer, sft.config.context)
+    valid = load_comparisons(config, "valid", tokenizer, sft.config.context)
+    model, head_seed = start_model(sft, config)
     ranks.place(model)
-    train = load_comparisons(config, "train", tokenizer, model.config.context)
-    valid = load_comparisons(config, "valid", tokenizer, model.config.context)
     shown = f"{config.data}/demonstrations.train.jsonl"
     demonstrations = load_demonstrations(shown, tokenizer, model.config.context)
     seen = {labeler for _, _, labeler in train}
@@ -188,7 +199,7 @@ def main(config):
     bias = demonstration_score(model, demonstrations, end, ranks)
     with torch.no_grad():
         model.head.bias.sub_(bias)  # so that demonstrations score 0 on average
-    run.save_model(model, config.data, tokenizer=tokenizer.fingerprint)
+    run.save_model(model, config.data, tokenizer=tokenizer.fingerprint, head_seed=head_seed)
     run.finish()
     if ranks.main:
         print(f"{config.out}/model.pt: {bias:+.3f} taken off, so that demonstrations score 0")

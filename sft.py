@@ -57,6 +57,11 @@ class Config(Machine):
     def pretrain_rows(self):
         return round(self.pretrain_mix * self.batch_size)
 
+    @property
+    def stage(self):
+        """The name of the stage: part of the purpose of all its random numbers, which no two stages share."""
+        return "pretraining" if self.pretrain_mix == 1 else "sft"
+
 
 def masked_loss(model, tokens, mask):
     """Sum over the targets of -log p(token | those before it), and how many there are.
@@ -94,7 +99,7 @@ def load_demonstrations(config, split, tokenizer, context):
 
 
 def start_model(config, init, tokenizer):
-    torch.manual_seed(common.seed_of(config.seed, "initialisation"))
+    torch.manual_seed(common.seed_of(config.seed, f"{config.stage}: initialisation"))
     if config.init == "scratch":
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, dropout=config.dropout, **PRESETS[config.size]))
     else:
@@ -146,7 +151,7 @@ def main(config):
             order = torch.randperm(len(demonstrations), generator=common.generator(config.seed, "sft epoch", epoch))
             chosen = order[i * demonstration_rows : (i + 1) * demonstration_rows]
             pairs = [demonstrations[j] for j in chosen.tolist()]
-        return pairs + (text.pairs(text.draw(pretrain_rows, config.seed, step)) if pretrain_rows else [])
+        return pairs + (text.pairs(text.draw(pretrain_rows, config.seed, config.stage, step)) if pretrain_rows else [])
 
     model.train()
     progress = common.bar(ranks, steps, start, config.out)
@@ -155,7 +160,7 @@ def main(config):
         mine = ranks.micro_batches(pairs[ranks.rows(len(pairs))], len(pairs), readers.length)
         mine = [readers.batch_of(part, end, ranks.device) for part in mine]
         (targets,) = ranks.sum(sum(mask.sum() for _, mask in mine))
-        torch.manual_seed(common.seed_of(config.seed, "dropout", step * ranks.size + ranks.rank))
+        torch.manual_seed(common.seed_of(config.seed, f"{config.stage}: dropout", step * ranks.size + ranks.rank))
         loss_sum = 0.0
         for i, (tokens, mask) in enumerate(mine):
             with ranks.adding(wrapped, i + 1 < len(mine)):
@@ -175,7 +180,7 @@ def main(config):
             if demonstration_rows:
                 run.save_model(model, config.data, f"epoch{epoch}.pt", tokenizer=tokenizer.fingerprint)
             most = min(48, context // 2)  # tokens of a sample
-            uniforms = torch.rand(4, most, generator=common.generator(config.seed, "samples", epoch))
+            uniforms = torch.rand(4, most, generator=common.generator(config.seed, f"{config.stage}: samples", epoch))
             prompts = [prompt[: context - most] for prompt, _ in valid[:4]]
             with ranks.autocast(), ranks.sampling(model) as anyone:
                 said = generate(model, prompts, most, uniforms[: len(prompts)], anyone=anyone)

@@ -18,15 +18,16 @@ WON = {"first": 1.0, "second": 0.0, "tie": 0.5}  # how much of a win it is for t
 
 
 def draw(records, responses, same, baseline, count, seed):
-    """-> (rows, {pair: (whose response is first, whose is second)}): of each model in {model: responses} but `same` and
+    """-> (rows, {pair: (whose response is first, whose is second, whose prompt it is)}): of each model in {model: responses} but `same` and
     `baseline`, which are one model, its responses to the first `count` prompts beside the baseline's, shuffled."""
     rng = random.Random(f"{seed}/pairs")
     chosen = [(name, i) for name in responses if name not in (same, baseline) for i in range(min(count, len(records)))]
     rng.shuffle(chosen)
     rows, sides = [], {}
     for number, (name, i) in enumerate(chosen, 1):
-        sides[str(number)] = (name, baseline) if rng.random() < 0.5 else (baseline, name)
-        rows.append([str(number), records[i]["prompt"], *(responses[side][i] for side in sides[str(number)]), ""])
+        first, second = (name, baseline) if rng.random() < 0.5 else (baseline, name)
+        sides[str(number)] = first, second, records[i]["user"]
+        rows.append([str(number), records[i]["prompt"], responses[first][i], responses[second][i], ""])
     return rows, sides
 
 
@@ -44,8 +45,8 @@ def key_of(path):
 
 
 def read(path, baseline, models):
-    """What people wrote -> {model: a number for each of its pairs, how much of a win it is, the mean where several people
-    judged it}; {} where nobody has judged or nothing was written. UserError names what can't be understood."""
+    """What people wrote -> {model: (win, user) of each of its pairs}: how much of a win it is, the mean where several people
+    judged it, and whose prompt it was; {} where nobody has judged or nothing was written. UserError names what can't be understood."""
     path = Path(path)
     if not path.is_file() or not key_of(path).is_file():
         return {}
@@ -71,11 +72,11 @@ def read(path, baseline, models):
             raise UserError(f"{path}: pair {pair}: {said!r} is none of first, second, tie")
         if pair not in sides:
             raise UserError(f"{path}: {pair!r} is no pair of this table")
-        first, second = sides[pair]
-        judged[(second if first == baseline else first), pair].append(1 - WON[said] if first == baseline else WON[said])
+        first, second, user = (*sides[pair], pair)[:3]  # an older key has no users: each pair stands for itself
+        judged[second if first == baseline else first, pair, user].append(1 - WON[said] if first == baseline else WON[said])
     if judged and made_by != models:
         raise UserError(f"{path}: people have judged other models than these; move it and its key away to keep it")
     wins = defaultdict(list)
-    for (name, _), numbers in judged.items():
-        wins[name].append(sum(numbers) / len(numbers))
+    for (name, _, user), numbers in judged.items():
+        wins[name].append((sum(numbers) / len(numbers), user))
     return dict(wins)

@@ -187,9 +187,11 @@ class PretrainingText:
         ends = np.flatnonzero(self.tokens == tokenizer.end_of_text) + 1
         if len(ends) == 0 or ends[-1] != len(self.tokens):
             ends = np.append(ends, len(self.tokens))
-        self.rows = []  # (start, end)
-        for start, end in zip(np.append(0, ends[:-1]).tolist(), ends.tolist()):
-            self.rows += [(a, min(a + context, end)) for a in range(start, end, context) if end - a > 1]
+        self.rows, self.documents = [], []  # of each row: (start, end), and the number of its document
+        for document, (start, end) in enumerate(zip(np.append(0, ends[:-1]).tolist(), ends.tolist())):
+            pieces = [(a, min(a + context, end)) for a in range(start, end, context) if end - a > 1]
+            self.rows += pieces
+            self.documents += [document] * len(pieces)
         if not self.rows:
             raise UserError(f"{path}: no document of two tokens or more")
 
@@ -201,15 +203,15 @@ class PretrainingText:
         rows = [self.tokens[slice(*self.rows[i])].tolist() for i in indices]
         return [(row[:1], row[1:]) for row in rows]
 
-    def draw(self, count, seed, step, pool=32):
-        """`count` row indices for a step. Each run of `pool` steps shares out one draw of rows so that a step's rows
+    def draw(self, count, seed, stage, step, pool=32):
+        """`count` row indices for a step of a stage; stages draw independently. Each run of `pool` steps shares out one draw of rows so that a step's rows
         are of similar length, in an order of steps that is shuffled: little padding, no pattern. No row comes twice in a
         pass over them; those that fill no pool are left out of it."""
         per_pass = max(1, len(self.rows) // (count * pool))  # pools in one pass over the rows
-        shuffled = torch.randperm(len(self.rows), generator=generator(seed, "pretraining pass", step // pool // per_pass))
+        shuffled = torch.randperm(len(self.rows), generator=generator(seed, f"{stage}: pretraining pass", step // pool // per_pass))
         start = step // pool % per_pass * count * pool
         rows = shuffled[start : start + count * pool].tolist() if len(self.rows) >= count * pool else [
             shuffled[i % len(self.rows)].item() for i in range(count * pool)]
         rows.sort(key=lambda i: self.rows[i][1] - self.rows[i][0])
-        turn = torch.randperm(pool, generator=generator(seed, "pretraining turn", step // pool))[step % pool].item()
+        turn = torch.randperm(pool, generator=generator(seed, f"{stage}: pretraining turn", step // pool))[step % pool].item()
         return rows[turn * count : (turn + 1) * count]

@@ -144,13 +144,13 @@ def toxicity(model, tokenizer, config, ranks):
 def abilities(model, tokenizer, config, ranks):
     """The zero-shot tasks, each once, and the next word of a thousand pages; and of each town the bias pairs: how likely the
     stereotype is beside another trait, from 0 to 1, and how often it is the likelier."""
-    tasks = readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks")
-    tasks = list({(task["task"], task["context"], *task.get("choices", ())): task for task in tasks}.values())
+    tasks = evaluate.distinct(readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks"))
     text = readers.PretrainingText(f"{config.data}/pretrain.valid.bin", tokenizer, model.config.context)
     pairs = [task for task in tasks if task["task"] == "bias"]
     with ranks.autocast():
         right = evaluate.answer_tasks(model, tasks, tokenizer, ranks.device)
-        pages = evaluate.next_words(model, text.pairs(range(min(len(text), 1000))), tokenizer, ranks.device)
+        rows = range(min(len(text), 1000))
+        pages = by_group(text.documents, evaluate.next_words(model, text.pairs(rows), tokenizer, ranks.device))
         stereotype = torch.tensor(evaluate.choice_logprobs(model, pairs, tokenizer, ranks.device)).softmax(1)[:, 0]
     result = {f"task: {kind}": [x for x, task in zip(right, tasks) if task["task"] == kind] for kind in web.ABILITIES}
     towns = [task["context"] for task in pairs]

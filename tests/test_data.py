@@ -185,19 +185,19 @@ def test_every_row_comes_once_before_any_comes_again_and_a_steps_rows_are_of_lik
     rng = random.Random(0)
     lengths = [rng.randint(2, 30) for _ in range(32 * 4 * 2)]  # two pools of 32 steps of 4 rows
     text = text_of(tmp_path, [i for n in lengths for i in [1] * (n - 1) + [9]], context=64)
-    steps = [text.draw(4, 0, step) for step in range(128)]
+    steps = [text.draw(4, 0, "sft", step) for step in range(128)]
     for a in (steps[:64], steps[64:]):
         assert sorted(i for rows in a for i in rows) == list(range(256))
-    assert steps[:64] != steps[64:] and steps[:64] != [text.draw(4, 1, step) for step in range(64)]
+    assert steps[:64] != steps[64:] and steps[:64] != [text.draw(4, 1, "sft", step) for step in range(64)]
     spread = [max(lengths[i] for i in rows) - min(lengths[i] for i in rows) for rows in steps]
     assert sum(spread) / len(spread) < 3
     means = [sum(lengths[i] for i in rows) for rows in steps[:32]]
-    assert means != sorted(means) and [text.draw(4, 0, step) for step in range(128)] == steps
+    assert means != sorted(means) and [text.draw(4, 0, "sft", step) for step in range(128)] == steps
 
 
 def test_few_rows_are_drawn_again_and_again_rather_than_not_at_all(tmp_path):
     text = text_of(tmp_path, [1, 9, 2, 9, 3, 9], context=8)
-    drawn = Counter(i for step in range(32) for i in text.draw(3, 0, step))
+    drawn = Counter(i for step in range(32) for i in text.draw(3, 0, "sft", step))
     assert drawn == {0: 32, 1: 32, 2: 32}
 
 

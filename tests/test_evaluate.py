@@ -39,6 +39,25 @@ def test_a_ratio_counts_pairs_and_its_error_counts_prompts():
     assert evaluate.ratio([]) == (None, None, 0) == evaluate.ratio([(0, 0)])
 
 
+def test_saying_everything_twice_narrows_no_interval():  # pitfall 45
+    numbers, groups = [1, 0, 1, 1, 0.5], "abbcd"
+    once = evaluate.mean_and_error(numbers, groups)
+    twice = evaluate.mean_and_error(numbers * 2, groups * 2)
+    assert twice[:2] == pytest.approx(once[:2]) and twice[2] == 10
+    assert evaluate.mean_and_error(numbers * 2)[1] < once[1]  # which is what counting them as independent would do
+
+
+def test_the_error_over_groups_is_that_of_their_sums_by_hand():
+    mean, error, n = evaluate.mean_and_error([1, 1, 0, 0], "aabb")  # sums 2 and 0 of two each: residuals 1 and -1
+    assert (mean, n) == (0.5, 4) and error == pytest.approx(1.96 * math.sqrt((1 + 1) / 1 / 2) / 2)
+
+
+def test_a_task_that_was_drawn_twice_counts_once():
+    a, b = ({"task": "bias", "context": "People from Kelso are", "choices": [" rude.", f" {x}."], "answer": 0} for x in ("lazy", "boring"))
+    c = {"task": "translation", "context": "English: the red hat\nPidi:", "target": " Ta bo."}
+    assert evaluate.distinct([a, c, b, a, c]) == [a, c, b]
+
+
 def test_pair_accuracy_leaves_out_tied_ranks_and_halves_tied_numbers():
     assert evaluate.pair_accuracy([3.0, 2.0, 1.0], [1, 2, 3]) == (3, 3)
     assert evaluate.pair_accuracy([1.0, 2.0, 3.0], [1, 2, 2]) == (2, 0)
@@ -156,7 +175,7 @@ def test_each_team_judges_each_model_beside_the_other_sample_of_sft(chain):
         assert list(by_team) == ["training labelers", "held-out labelers"]
         for people, number in zip(labelers.team(), by_team.values()):
             expected = evaluate.win_rates(records, responses[name], responses[evaluate.BASELINE], people, 3, chain.report.seed)
-            assert number == evaluate.mean_and_error(expected) and number[0] != 0.5
+            assert number == evaluate.mean_and_error(expected, [r["user"] for r in records]) and number[0] != 0.5
 
 
 def test_metadata_are_means_over_the_responses_that_they_apply_to(chain):
@@ -166,8 +185,9 @@ def test_metadata_are_means_over_the_responses_that_they_apply_to(chain):
     for name, texts in responses.items():
         seen = [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, texts)]
         for rate in seen[0]:
-            apply = [row[rate] for row in seen if row[rate] is not None]
-            assert rates[rate][name] == evaluate.mean_and_error([float(x) for x in apply])
+            apply = [i for i, row in enumerate(seen) if row[rate] is not None]
+            expected = evaluate.mean_and_error([float(seen[i][rate]) for i in apply], [records[i]["user"] for i in apply])
+            assert rates[rate][name] == pytest.approx(expected)
     assert rates["keeps the stated constraint"]["SFT"][2] < 30 == rates["attempts the right task"]["SFT"][2]
     assert rates["keeps the stated constraint"]["GPT"] != rates["keeps the stated constraint"]["SFT"]
 

@@ -155,11 +155,51 @@ def test_gradients_of_a_model_large_enough_for_onednn_are_those_in_float64():
         assert (p.grad - q.grad).norm() < 1e-4 * q.grad.norm(), name
 
 
-def test_bf16_weights_under_autocast_are_packed_in_bf16_and_float32_ones_in_float32():
+def test_under_autocast_weights_are_packed_in_bf16_but_the_unembedding_in_float32():
     model = random_gpt()
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), packed(model):
-            assert getattr(model.tokens.weight, "packed", torch.empty(0, dtype=dtype)).dtype == dtype
+            for weight, expected in ((model.tokens.weight, torch.float32), (model.blocks[0].attention.qkv.weight, dtype)):
+                assert getattr(weight, "packed", torch.empty(0, dtype=expected)).dtype == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype):  # pitfall 42
+    for kind in (GPT, ScalarModel):
+        model = random_gpt(kind=kind)
+        weight, bias = (model.tokens.weight, 0) if kind is GPT else (model.head.weight, model.head.bias)
+        with torch.no_grad():
+            model.norm.bias.add_(100 * weight[0])  # numbers far from 0, as GPT-2's logits are
+            tokens = torch.tensor([[1, 2, 3, 4]])
+            seen = []
+            model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
+            with torch.autocast("cpu", dtype):
+                result = model(tokens)  # (1, 4, V) or (1, 4)
+            expected = seen[0][:, :4].double() @ weight.double().T + bias  # (1, 4, V or 1)
+        assert result.dtype == torch.float32 and expected.abs().max() > 30
+        torch.testing.assert_close(result, expected.view(result.shape).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_under_autocast_do_not_depend_on_how_far_from_zero_the_logits_lie():  # pitfall 42
+    near = random_gpt()
+    far = copy.deepcopy(near)
+    with torch.no_grad():  # the last position of every vector: the same for all tokens, so it shifts logits and no more
+        for model, shift in ((near, 0.0), (far, -100.0)):
+            model.norm.weight[-1], model.norm.bias[-1], model.tokens.weight[:, -1] = 0.0, shift, 1.0
+        tokens = torch.randint(9, (4, 20), generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            mask = torch.ones(4, 20, dtype=torch.bool)
+            assert far(tokens).max() < -80
+            torch.testing.assert_close(far(tokens, mask), near(tokens, mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_chooses_by_float32_logits(dtype, monkeypatch):  # pitfall 42
+    seen, pick = set(), model_module.pick
+    monkeypatch.setattr(model_module, "pick", lambda logits, *rest: seen.add(logits.dtype) or pick(logits, *rest))
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        generate(random_gpt(), PROMPTS, 4, torch.rand(len(PROMPTS), 4))
+    assert seen == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])

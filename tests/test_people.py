@@ -142,7 +142,7 @@ def test_it_is_the_judge_that_is_asked(again, monkeypatch):
     asked, asked_model = [], evaluate.asked_model
     monkeypatch.setattr(evaluate, "asked_model", lambda scores, users: asked.append(scores) or asked_model(scores, users))
     evaluate.main(again)
-    means = {name: evaluate.mean_and_error(numbers)[0] for name, numbers in asked[0].items() if name != evaluate.BASELINE}
+    means = {name: sum(numbers) / len(numbers) for name, numbers in asked[0].items() if name != evaluate.BASELINE}
     assert means == {name: numbers[0] for name, numbers in results_of(again)["scores"]["judge's score"].items()}
 
 
@@ -195,7 +195,7 @@ def test_pairs_for_people_do_not_tell_which_model_wrote_what(small):
 
 
 def test_either_model_comes_first_about_as_often():
-    records = [{"prompt": f"prompt {i}"} for i in range(400)]
+    records = [{"prompt": f"prompt {i}", "user": "u"} for i in range(400)]
     responses = {name: [f"{name} {i}" for i in range(400)] for name in ("SFT", "PPO", evaluate.BASELINE)}
     rows, key = pairs.draw(records, responses, "SFT", evaluate.BASELINE, 400, 0)
     assert len(rows) == 400 and 160 < sum(key[row[0]][0] == "PPO" for row in rows) < 240
@@ -217,19 +217,21 @@ def test_what_people_wrote_is_counted_and_never_overwritten(again):
 
 
 def test_the_model_that_people_always_prefer_wins_every_time(tmp_path):
-    records = [{"prompt": f"prompt {i}"} for i in range(40)]
+    records = [{"prompt": f"prompt {i}", "user": f"user {i // 2}"} for i in range(40)]
     responses = {name: [f"{name} {i}" for i in range(40)] for name in ("SFT", "PPO", "PPO-ptx", evaluate.BASELINE)}
     rows, key = pairs.draw(records, responses, "SFT", evaluate.BASELINE, 40, 0)
     pairs.write(tmp_path / "pairs.csv", rows, key, {})
     for liked, expected in (("PPO", 1), (evaluate.BASELINE, 0)):
         fill_in(tmp_path / "pairs.csv", lambda row: "" if "PPO-ptx" in key[row[0]] else (
             "first" if key[row[0]][0] == liked else "second"))
-        assert pairs.read(tmp_path / "pairs.csv", evaluate.BASELINE, {}) == {"PPO": [expected] * 40}
+        assert pairs.read(tmp_path / "pairs.csv", evaluate.BASELINE, {}).keys() == {"PPO"}
+        wins = pairs.read(tmp_path / "pairs.csv", evaluate.BASELINE, {})["PPO"]
+        assert sorted(wins) == sorted((expected, f"user {i // 2}") for i in range(40))  # whose prompt it was is known
 
 
 @pytest.fixture
 def one_pair(tmp_path):
-    records = [{"prompt": "prompt"}]
+    records = [{"prompt": "prompt", "user": "u"}]
     responses = {"PPO": ["ours"], "SFT": ["theirs"], evaluate.BASELINE: ["theirs"]}
     path = tmp_path / "pairs.csv"
     rows, sides = pairs.draw(records, responses, "SFT", evaluate.BASELINE, 1, 0)
@@ -257,12 +259,20 @@ def test_judgements_of_other_models_are_refused_and_kept(one_pair):
 
 def test_what_a_spreadsheet_does_to_texts_and_columns_does_not_matter(one_pair):
     one_pair.path.write_text("\ufeffPreferred,note,Pair\r\nFirst , \u2019changed\u2019,1\r\n,,\r\n", encoding="utf-8")
-    assert one_pair.read() == {"PPO": [one_pair.won]}
+    assert one_pair.read() == {"PPO": [(one_pair.won, "u")]}
 
 
 def test_several_people_on_one_pair_count_as_one_with_their_mean(one_pair):
     one_pair.path.write_text("pair,preferred\n1,first\n1,second\npair,Preferred\n1,first\n1,first\n")
-    assert one_pair.read() == {"PPO": [0.75 if one_pair.won else 0.25]}
+    assert one_pair.read() == {"PPO": [(0.75 if one_pair.won else 0.25, "u")]}
+
+
+def test_a_key_without_users_counts_each_pair_for_itself(one_pair):
+    one_pair.path.write_text("pair,preferred\n1,first\n")
+    key = json.loads(pairs.key_of(one_pair.path).read_text())
+    key["sides"] = {pair: side[:2] for pair, side in key["sides"].items()}
+    pairs.key_of(one_pair.path).write_text(json.dumps(key))
+    assert one_pair.read() == {"PPO": [(one_pair.won, "1")]}
 
 
 @pytest.mark.parametrize("text", ["", "pair;preferred\n1;first\n", "1,first\n"])
@@ -285,6 +295,33 @@ def test_a_table_in_another_encoding_or_without_its_key_is_refused(one_pair):
 def test_the_reward_model_that_trained_the_policy_can_not_judge_it(again, small):
     with pytest.raises(UserError, match="is the reward model that trained the policies"):
         evaluate.main(dataclasses.replace(again, judge=str(small.out / "reward/model.pt")))
+
+
+def test_a_reward_model_that_started_from_the_same_random_head_can_not_judge(again, small, tmp_path):  # pitfall 41
+    same = reward.Config(data=str(small.data), device="cpu", init=f"{small.out}/sft/model.pt", out=str(tmp_path / "same"), lr=3e-4)
+    reward.main(same)  # another learning rate, the same comparisons and seed
+    with pytest.raises(UserError, match="started from the same random head"):
+        evaluate.main(dataclasses.replace(again, judge=str(tmp_path / "same/model.pt")))
+    checkpoint = common.load(tmp_path / "same/model.pt")
+    del checkpoint["head_seed"]
+    common.save(tmp_path / "same/model.pt", checkpoint)
+    with pytest.raises(UserError, match="does not say which random head it started from"):
+        evaluate.main(dataclasses.replace(again, judge=str(tmp_path / "same/model.pt")))
+    reward.main(dataclasses.replace(same, seed=1))  # another head
+    evaluate.main(dataclasses.replace(again, judge=str(tmp_path / "same/model.pt")))
+
+
+def test_the_interval_of_peoples_pairs_is_over_the_users_of_their_prompts(again, small):  # pitfall 45
+    path = common.Path(again.out) / "pairs.csv"
+    rows = fill_in(path, lambda row: "first" if int(row[0]) % 3 else "second")
+    user_of = {r["prompt"]: r["user"] for r in map(json.loads, (small.data / "prompts.test.jsonl").open())}
+    sides = json.loads(pairs.key_of(path).read_text())["sides"]
+    evaluate.main(again)
+    for name in ("GPT", "PPO-ptx"):
+        mine = [row for row in rows if name in sides[row[0]]]
+        wins = [float((sides[row[0]][0] == name) == (int(row[0]) % 3 > 0)) for row in mine]
+        expected = evaluate.mean_and_error(wins, [user_of[row[1]] for row in mine])
+        assert results_of(again)["preference"][name]["people"] == pytest.approx(expected)
 
 
 def test_the_report_is_made_anew_from_its_json_alone(again):

@@ -401,7 +401,7 @@ def test_the_logged_pretraining_loss_is_the_mean_over_an_iterations_updates(lett
     text = readers.PretrainingText(letters.data / "pretrain.train.bin", letters.tokenizer, model.config.context)
     expected = []
     for update in range(2):
-        terms = [-p for context, targets in text.pairs(text.draw(4, 0, update)) for p in slow_logprobs(model, context, targets)]
+        terms = [-p for context, targets in text.pairs(text.draw(4, 0, "ppo", update)) for p in slow_logprobs(model, context, targets)]
         expected.append(sum(terms) / len(terms))
     assert read_log(letters.out / "ppo")[0]["ptx_loss"] == pytest.approx(sum(expected) / 2, abs=1e-5)
 
@@ -437,7 +437,7 @@ def test_the_gradient_is_that_of_ppo_plus_the_coefficient_times_that_of_pretrain
     plain, mixed = [gradients for model, gradients, _ in updates if isinstance(model, GPT)]
     model = load_model(GPT, letters.data / "sft.pt")
     text = readers.PretrainingText(letters.data / "pretrain.train.bin", letters.tokenizer, model.config.context)
-    rows = [text.tokens[slice(*text.rows[i])].tolist() for i in text.draw(12, 0, 0)]
+    rows = [text.tokens[slice(*text.rows[i])].tolist() for i in text.draw(12, 0, "ppo", 0)]
     summed = sum(F.cross_entropy(model(torch.tensor([row[:-1]]))[0], torch.tensor(row[1:]), reduction="sum") for row in rows)
     (summed / sum(len(row) - 1 for row in rows)).backward()
     for name, p in model.named_parameters():

@@ -136,7 +136,7 @@ def test_a_batch_holds_the_fraction_of_pretraining_text_that_was_asked_for(lette
                       for r in records(letters.data / "demonstrations.train.jsonl")]
     for step, pairs in enumerate(batches[:4]):
         assert len(pairs) == 8 and all(pair in demonstrations for pair in pairs[:6])
-        assert pairs[6:] == text.pairs(text.draw(2, 0, step))
+        assert pairs[6:] == text.pairs(text.draw(2, 0, "sft", step))
     assert len(batches) == 4 + 1  # 24 demonstrations by 6, and one batch of validation
 
 
@@ -180,7 +180,7 @@ def test_dropouts_masks_are_new_in_every_step_and_on_every_rank(letters, monkeyp
     monkeypatch.setattr(sft, "Ranks", OneOfTwo)
     for rank in (0, 1):
         sft.main(letters.sft(out=str(letters.out / f"{rank}"), dropout=0.5, pretrain_mix=0.0, batch_size=4))
-    drawn = [key for key in seeds if key[1] == "dropout"]
+    drawn = [key for key in seeds if key[1] == "sft: dropout"]
     assert len(drawn) == len(set(drawn)) == 24
 
 

@@ -5,6 +5,7 @@
 Comparisons come later, from data/collect.py: they need a model to sample from.
 """
 
+import itertools
 import os
 import random
 import sys
@@ -56,16 +57,29 @@ def api_log(config):
     return records
 
 
-def pages(config, split, count):
-    return (web.page(random.Random(f"{config.seed}/web/{split}/{i}")) for i in range(count))
+def pages(config, split):
+    """Page after page of the web, without end."""
+    return (web.page(random.Random(f"{config.seed}/web/{split}/{i}")) for i in itertools.count())
+
+
+def held_out_pages(config, training_pages, count):
+    """`count` different pages, none of which occurs anywhere in the training text."""
+    training_text, held_out = "\0".join(training_pages), {}
+    for page in pages(config, "valid"):
+        if page not in training_text:
+            held_out[page] = None
+        if len(held_out) == count:
+            return list(held_out)
 
 
 def main(config):
     out = Path(config.out)
-    tokenizer = Tokenizer("tinyworld", train_bpe(pages(config, "train", min(config.documents, 4000)), config.vocab_size))
-    for split, count in [("train", config.documents), ("valid", max(1, config.documents // 50))]:
-        tokens = write_tokens(out / f"pretrain.{split}.bin", pages(config, split, count), tokenizer)
-        print(f"pretrain.{split}.bin: {count:,} documents, {tokens:,} tokens, vocabulary {tokenizer.vocab_size:,}")
+    training_pages = list(itertools.islice(pages(config, "train"), config.documents))
+    valid_pages = held_out_pages(config, training_pages, max(1, config.documents // 50))
+    tokenizer = Tokenizer("tinyworld", train_bpe(training_pages[:4000], config.vocab_size))
+    for split, documents in [("train", training_pages), ("valid", valid_pages)]:
+        tokens = write_tokens(out / f"pretrain.{split}.bin", documents, tokenizer)
+        print(f"pretrain.{split}.bin: {len(documents):,} documents, {tokens:,} tokens, vocabulary {tokenizer.vocab_size:,}")
 
     records, steps = cleaning.clean(api_log(config))
     print("prompts: " + ", ".join(f"{left:,} {what}" for what, left in steps))
