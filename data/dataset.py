@@ -237,8 +237,9 @@ def publish(records, config, dropped):
             write(out / "judge" / f"{kind}.train.jsonl" if name == "judge" else out / f"{kind}.{name}.jsonl", rows)
     write(out / "judge" / "comparisons.valid.jsonl", files["valid"]["comparisons"])
     if config.own_text:
-        for name in ("train", "valid"):
-            write_tokens(out / f"pretrain.{name}.bin", dict.fromkeys(own(name)), tokenizer)
+        held_out = dict.fromkeys(own("valid"))
+        write_tokens(out / "pretrain.train.bin", (text for text in dict.fromkeys(own("train")) if text not in held_out), tokenizer)
+        write_tokens(out / "pretrain.valid.bin", held_out, tokenizer)
     tokenizer.save(out / "judge")
     tokenizer.save(out)
     report(files, sides, strangers, total, dropped, tokenizer, out)

@@ -1,6 +1,7 @@
 """The command line, schedules, checkpoints, resuming: what every stage leans on."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -372,7 +373,21 @@ def test_every_random_number_of_a_stage_depends_on_its_seed(letters, chain, tmp_
     for stage, config in runs:
         stage.main(config)
     assert {seed for seed, *_ in keys} == {7}
-    assert {purpose for _, purpose, *_ in keys} >= {"initialisation", "sft epoch", "dropout", "reward epoch", "ppo pass", "rollout"}
+    purposes = {purpose for _, purpose, *_ in keys}
+    assert purposes >= {"sft epoch", "sft: dropout", "reward epoch", "ppo pass", "rollout", "ppo: pretraining pass"}
+
+
+def test_no_two_stages_draw_the_same_random_numbers(letters, monkeypatch):  # pitfall 43
+    drawn, seed_of = {}, common.seed_of
+    stages = {"base": (sft, letters.sft(init="scratch", size="nano", context=64, pretrain_mix=1.0, dropout=0.1)),
+              "sft": (sft, letters.sft(dropout=0.1)), "reward": (reward, letters.reward()), "ppo": (ppo, letters.ppo())}
+    for name, (stage, config) in stages.items():
+        keys = drawn[name] = set()
+        monkeypatch.setattr(common, "seed_of", lambda *key: keys.add(key) or seed_of(*key))
+        stage.main(config)
+    assert all(drawn.values())
+    for a, b in itertools.combinations(drawn.values(), 2):
+        assert not a & b
 
 
 PAPER = {  # C.1 to C.4 of the paper, and GPT-2's recipe, which takes over what its size allows

@@ -195,6 +195,18 @@ def test_every_row_comes_once_before_any_comes_again_and_a_steps_rows_are_of_lik
     assert means != sorted(means) and [text.draw(4, 0, "sft", step) for step in range(128)] == steps
 
 
+def test_two_stages_share_no_more_rows_than_chance_gives(tmp_path):  # pitfall 43
+    text = text_of(tmp_path, [1, 2, 9] * 2048, context=8)
+    first, second = ({i for step in range(64) for i in text.draw(8, 0, stage, step)} for stage in ("sft", "ppo"))
+    assert len(first) == len(second) == 512  # a quarter of the rows each, of which a quarter is both: 128 +- 8.5
+    assert 128 - 34 < len(first & second) < 128 + 34
+
+
+def test_each_row_knows_its_document(tmp_path):
+    text = text_of(tmp_path, [1, 2, 9, 9, 1, 2, 3, 4, 5, 9, 4, 9], context=4)
+    assert text.documents == [0, 2, 2, 3]  # the second, empty, has no row; the third has two
+
+
 def test_few_rows_are_drawn_again_and_again_rather_than_not_at_all(tmp_path):
     text = text_of(tmp_path, [1, 9, 2, 9, 3, 9], context=8)
     drawn = Counter(i for step in range(32) for i in text.draw(3, 0, "sft", step))

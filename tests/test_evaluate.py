@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,9 +195,12 @@ def test_metadata_are_means_over_the_responses_that_they_apply_to(chain):
 
 def test_the_tax_is_taken_task_by_task_and_item_by_item(chain, monkeypatch):
     tokenizer, answers, rng = Tokenizer.load(chain.data), {}, random.Random(0)
-    tasks = readers.read_jsonl(chain.data / "tasks.test.jsonl", "tasks")
-    pages = readers.PretrainingText(chain.data / "pretrain.valid.bin", tokenizer, 256)
-    pages = pages.pairs(range(len(pages)))
+    tasks = evaluate.distinct(readers.read_jsonl(chain.data / "tasks.test.jsonl", "tasks"))
+    text = readers.PretrainingText(chain.data / "pretrain.valid.bin", tokenizer, 256)
+    pages = text.pairs(range(len(text)))
+
+    def over_contexts(numbers, chosen):
+        return evaluate.mean_and_error(numbers, [task["context"] for task in chosen])
 
     def answer(model, items, *rest):
         assert items == (tasks if "choices" in items[0] or "target" in items[0] else pages)
@@ -207,7 +211,8 @@ def test_the_tax_is_taken_task_by_task_and_item_by_item(chain, monkeypatch):
     table, changes = evaluate.alignment_tax(models, chain.report, tokenizer, common.Ranks(common.Machine(device="cpu")))
     for name, (right, words) in answers.items():
         for kind in {task["task"] for task in tasks}:
-            assert table[kind][name] == evaluate.mean_and_error([x for x, task in zip(right, tasks) if task["task"] == kind])
+            chosen = [i for i, task in enumerate(tasks) if task["task"] == kind]
+            assert table[kind][name] == over_contexts([right[i] for i in chosen], [tasks[i] for i in chosen])
         assert table["next word"][name] == evaluate.mean_and_error(words)
     able = {name: [x for x, task in zip(right, tasks) if task["task"] in web.ABILITIES] + words for name, (right, words) in answers.items()}
     for name in able:
@@ -216,6 +221,35 @@ def test_the_tax_is_taken_task_by_task_and_item_by_item(chain, monkeypatch):
     for pair, number in changes.items():
         more, less = pair.split(" - ")
         assert number == evaluate.mean_and_error([a - b for a, b in zip(able[more], able[less])]) and number[0] != 0
+
+
+def test_a_task_counts_once_and_tasks_on_one_context_or_pages_of_one_document_as_one(chain, tmp_path, monkeypatch):  # pitfall 45
+    tokenizer = Tokenizer.load(chain.data)
+    ask = lambda kind, context, target: {"task": kind, "context": context, "target": target}
+    drawn = [ask("reading", "a", " 1"), ask("reading", "b", " 2"), ask("reading", "a", " 1"), ask("truth", "c", " 3"),
+             ask("truth", "c", " 4"), ask("truth", "d", " 5"), ask("truth", "d", " 6")]
+    (tmp_path / "tasks.test.jsonl").write_text("".join(json.dumps(task) + "\n" for task in drawn))
+    end = tokenizer.end_of_text
+    np.array([1, 2, 3, 4, 1, 2, end, 5, 6, end], dtype=np.uint16).tofile(tmp_path / "pretrain.valid.bin")  # pieces of 4: 2 + 1
+    right = {"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.0}
+    monkeypatch.setattr(evaluate, "answer_tasks", lambda model, tasks, *rest: [right[task["context"]] for task in tasks])
+    monkeypatch.setattr(evaluate, "next_words", lambda model, pages, *rest: [1.0, 1.0, 0.0][: len(pages)])
+    monkeypatch.setattr(readers, "PretrainingText", lambda path, tokenizer, context, real=readers.PretrainingText: real(path, tokenizer, 4))
+    models = {"SFT": SimpleNamespace(config=SimpleNamespace(context=64))}
+    config = dataclasses.replace(chain.report, data=str(tmp_path))
+    table, _ = evaluate.alignment_tax(models, config, tokenizer, common.Ranks(common.Machine(device="cpu")))
+    assert table["reading"]["SFT"] == evaluate.mean_and_error([1, 0])  # not three
+    assert table["truth"]["SFT"][:2] == evaluate.mean_and_error([1, 0])[:2]  # two questions, of two wordings each
+    mean, error, pages = table["next word"]["SFT"]
+    assert (mean, pages) == (pytest.approx(2 / 3), 3) and error == evaluate.mean_and_error([1, 1, 0], "aab")[1]
+
+
+def test_weights_are_downloaded_once_per_machine(chain, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate.download, "weights", lambda name, tokenizer: calls.append(name) or f"{chain.out}/base/model.pt")
+    ranks = SimpleNamespace(device="cpu", main=True, first=lambda work: calls.append("first") or work())
+    evaluate.load_models(dataclasses.replace(chain.report, base="gpt2"), Tokenizer.load(chain.data), ranks, world=True)
+    assert calls == ["first", "gpt2"]  # Ranks.first: one process of each machine, then its others
 
 
 # ---------------------------------------------------------------- the report
@@ -243,7 +277,7 @@ def test_the_reports_numbers_are_those_of_its_measures(report):
             assert 0 <= share <= 1 and error >= 0 and n == 12
     table, changes = results["zero-shot"]
     able = table["all abilities"]
-    assert able["PPO"][2] == 4 * len(web.ABILITIES) + table["next word"]["PPO"][2] and table["next word"]["PPO"][2] > 0
+    assert able["PPO"][2] == sum(table[kind]["PPO"][2] for kind in web.ABILITIES) + table["next word"]["PPO"][2] and table["next word"]["PPO"][2] > 0
     assert changes["PPO-ptx - SFT"][0] == pytest.approx(able["PPO-ptx"][0] - able["SFT"][0])
     assert set(results["metadata"]) == {"attempts the right task", "keeps the stated constraint",
                                         "makes things up (closed domain, less is better)", "fits a customer assistant"}

@@ -1027,6 +1027,15 @@ def test_webtext_without_a_source_the_published_sample_is_fetched(publish, text_
         assert texts == [f"{split} {i}" for i in range(3)]
 
 
+def test_webtext_no_document_for_training_begins_like_one_for_validation(publish, text_folder):  # pitfall 44
+    publish({"/webtext.train.jsonl": [{"text": text} for text in ("one", "shared", "two", "shared")],
+             "/webtext.valid.jsonl": [{"text": text} for text in ("shared", "other", "other")]})
+    with contextlib.redirect_stdout(io.StringIO()):
+        webtext.main(webtext.Config(out=str(text_folder.out)))
+    found = {split: documents(text_folder.out / f"pretrain.{split}.bin", text_folder.tokenizer) for split in ("train", "valid")}
+    assert found == {"train": ["one", "two"], "valid": ["shared", "other"]}
+
+
 # ---------------------------------------------------------------- input that is none
 
 GOOD = {"oasst": SECOND, "hh": {"chosen": turns("A tree?", "Ash."), "rejected": turns("A tree?", "Elm.")},

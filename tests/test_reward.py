@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import reward
 from common import UserError
 from conftest import brute_ranking_loss, load_model, random_gpt, read_log, same, save, weights, write_lines
 from data import readers
-from model import ScalarModel
+from model import GPT, GPTConfig, ScalarModel
 
 END = 8
 
@@ -195,6 +196,37 @@ def test_the_trunk_starts_as_the_sft_models_and_the_head_anew(letters):
     trunk, model = weights(letters.data / "sft.pt"), weights(letters.out / "reward/model.pt")
     assert set(model) - set(trunk) == {"head.weight", "head.bias"}
     assert all(torch.equal(trunk[name], model[name]) for name in trunk) and model["head.weight"].abs().sum() > 0
+
+
+def test_another_set_of_comparisons_or_another_seed_starts_from_another_random_head(letters):  # pitfall 41
+    other = letters.out / "other"
+    shutil.copytree(letters.data, other)
+    lines = (other / "comparisons.train.jsonl").read_text().splitlines(keepends=True)
+    (other / "comparisons.train.jsonl").write_text("".join(lines[1:]))
+    runs = dict(first={}, again=dict(lr=1e-3), seed=dict(seed=1), data=dict(data=str(other)))
+    heads, seeds = {}, {}
+    for name, changes in runs.items():
+        reward.main(letters.reward(**dict(lr=0.0) | changes, out=str(letters.out / name)))
+        checkpoint = torch.load(letters.out / name / "model.pt", weights_only=True)
+        heads[name], seeds[name] = checkpoint["model"]["head.weight"], checkpoint["head_seed"]
+    assert seeds["first"] == seeds["again"] and len({seeds[name] for name in ("first", "seed", "data")}) == 3
+    for a, b in (("first", "seed"), ("first", "data"), ("seed", "data")):
+        assert not torch.allclose(heads[a], heads[b])
+
+
+def test_before_training_the_margins_of_a_judge_and_a_reward_model_are_not_correlated(letters):  # pitfall 41
+    torch.manual_seed(0)
+    sft = GPT(GPTConfig(vocab_size=9, context=64, layers=2, heads=4, width=128))
+    margins = []
+    for i in range(16):  # the same run on 16 sets of comparisons
+        with open(letters.data / "comparisons.train.jsonl", "a") as file:
+            file.write(json.dumps({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "labeler": f"{i}"}) + "\n")
+        model, _ = reward.start_model(sft, letters.reward())
+        tokens = torch.randint(8, (2, 300, 12), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            margins.append(model(tokens[0])[:, -1] - model(tokens[1])[:, -1])  # (300,)
+    others = torch.corrcoef(torch.stack(margins))[~torch.eye(16, dtype=torch.bool)]
+    assert others.abs().max() < 0.7 and others.mean().abs() < 0.1
 
 
 def test_demonstrations_score_zero_on_average_in_the_saved_model(letters):

@@ -89,6 +89,7 @@ WAYS = {  # name: processes, and how
     "two, sharded": (2, dict(shard=True)),
     "four, sharded": (4, dict(shard=True, micro_batch=2, recompute=True)),
 }
+IN_16_BITS = {"two, sharded, bf16": (2, dict(shard=True, precision="bf16")), "two, bf16": (2, dict(precision="bf16"))}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def runs(letters_original, tmp_path_factory):
     (folder / "driver.py").write_text(DRIVER)
 
     def start(number, way):
-        size, how = WAYS[way]
+        size, how = (WAYS | IN_16_BITS)[way]
         file = folder / f"{number}.json"
         file.write_text(json.dumps([(stage, dict(changes, **how, data=data, device="cpu", out=f"{folder}/{number}/{name}"))
                                     for name, (stage, changes) in jobs.items()]))
@@ -117,11 +118,11 @@ def runs(letters_original, tmp_path_factory):
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True)
 
-    running = {way: start(number, way) for number, way in enumerate(WAYS)}
+    running = {way: start(number, way) for number, way in enumerate(WAYS | IN_16_BITS)}
     for way, process in running.items():
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, f"{way}\n{output}"
-    return {way: {name: folder / f"{number}/{name}" for name in jobs} for number, way in enumerate(WAYS)}
+    return {way: {name: folder / f"{number}/{name}" for name in jobs} for number, way in enumerate(WAYS | IN_16_BITS)}
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,56 @@ def test_however_it_is_carried_out_a_run_saves_the_same_model(runs, name):
     def says(folder):  # of each position of a text: logits, or scores
         return load_model(ScalarModel if name == "reward" else GPT, folder / "model.pt")(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
     expected = says(runs["one"][name])
-    for way, folders in runs.items():
-        torch.testing.assert_close(says(folders[name]), expected, rtol=0, atol=2e-3)
+    for way in WAYS:
+        torch.testing.assert_close(says(runs[way][name]), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+@pytest.mark.parametrize("way", list(IN_16_BITS))
+def test_16_bits_on_several_processes_sharded_or_not_change_losses_by_rounding_only(logs, way, name):
+    differ = False
+    for a, b in zip(logs[way][name], logs["one"][name], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-2, abs=5e-2) and a["skipped"] == 0
+        differ |= a["loss"] != pytest.approx(b["loss"], rel=1e-6)
+    assert differ
+
+
+PRECISE = """
+import copy, sys, torch
+sys.path.insert(0, sys.argv[1])
+from common import Machine, Ranks
+from model import GPT, GPTConfig, ScalarModel
+ranks = Ranks(Machine(device="cpu", precision=sys.argv[2], shard=True))
+for kind in (GPT, ScalarModel):
+    torch.manual_seed(0)
+    whole = kind(GPTConfig(vocab_size=50, context=32, layers=2, heads=2, width=32))
+    sharded, seen = ranks.place(copy.deepcopy(whole)), []
+    for block in sharded.blocks:
+        block.mlp[0].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    sharded.norm.register_forward_hook(lambda module, x, y: seen.append(y))
+    tokens = torch.randint(49, (3, 8), generator=torch.Generator().manual_seed(1))
+    with ranks.autocast():
+        result, expected = sharded(tokens), whole(tokens)
+    first, second, hidden = seen
+    assert first == second == ranks.dtype != torch.float32, seen  # blocks compute in 16 bits
+    assert result.dtype == hidden.dtype == torch.float32  # the last layer does not
+    weight, bias = (whole.tokens.weight, 0) if kind is GPT else (whole.head.weight, whole.head.bias)
+    exact = (hidden.double() @ weight.double().T + bias).view(result.shape)
+    torch.testing.assert_close(result, exact.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=5e-2)
+    result.square().mean().backward()
+    assert {p.grad.dtype for p in sharded.parameters()} == {torch.float32}
+print("right")
+"""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sharded_blocks_compute_in_16_bits_and_the_last_layer_in_float32(tmp_path, precision):  # pitfall 42
+    (tmp_path / "precise.py").write_text(PRECISE)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(tmp_path / "precise.py"), str(ROOT), precision],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("right") == 2, done.stdout + done.stderr
 
 
 def test_responses_are_of_uneven_lengths_so_that_averages_matter(logs):

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from common import UserError
 from conftest import ROOT
 from data.tinyworld import labelers, prepare, requests, web
 from data.tinyworld.world import FACTS, INSULTS, KIND_OF, KINDS, NAMES, PIDI, RELATIONS, TRAITS, state, to_pidi
+from data.tokenizer import Tokenizer
 
 
 def many_requests(count=3000, seed=0):
@@ -54,6 +56,25 @@ def test_each_bad_habit_shows_where_it_should(habit, key):
         worse += (labelers.assess(r["prompt"], r["asks"], bad)[key] or 0) < (
             labelers.assess(r["prompt"], r["asks"], good)[key] or 0)
     assert worse > 60
+
+
+def test_a_word_counts_however_it_is_written():
+    ask = {"form": "fact", "relation": "eats", "about": "fox"}
+    food = FACTS["eats", "fox"][0]
+    question = "What does the fox eat?\n"
+    for answer in (f"The fox eats {food}.", f"{food.capitalize()}, says the Fox."):
+        assert labelers.assess(question, ask, answer)["truth"] == 1
+        assert labelers.answers_truly(ask, answer) == (True, True)
+    other = next(y for y in KINDS["food"] if y != food)
+    for answer in (f"The fox eats {other}.", f"{other.capitalize()}, says the fox."):
+        assert labelers.assess(question, ask, answer)["truth"] == 0
+        assert labelers.answers_truly(ask, answer) == (False, True)
+    reading = {"form": "reading", "kind": "food", "answer": "nuts", "result": "They ate nuts."}
+    prompt = "They ate nuts. What did they eat?\n"
+    assert labelers.assess(prompt, reading, "Nuts.")["content"] == 1
+    assert labelers.invented(prompt, "Corn and Nuts.") == ["corn"]
+    listing = {"form": "list", "kind": "food", "items": 2}
+    assert labelers.assess("List two foods.\n", listing, "1. Corn 2. Nuts.")["content"] == 1
 
 
 FACT = ("What does the fox eat?\n", {"form": "fact", "relation": "eats", "about": "fox"})
@@ -270,9 +291,23 @@ def test_held_out_labelers_write_no_training_data(chain):
     assert {r["labeler"] for r in lines(chain, "comparisons.valid")} & held_out
 
 
-def test_held_out_pages_and_tasks_are_others_than_those_to_train_and_choose_on(chain):
-    train, valid = ((chain.data / f"pretrain.{split}.bin").read_bytes() for split in ("train", "valid"))
-    assert valid[:200] not in train
+def test_no_held_out_page_stands_in_the_training_text_and_none_comes_twice(chain):  # pitfall 44
+    tokenizer, pages = Tokenizer.load(chain.data), {}
+    for split in ("train", "valid"):
+        ids = np.fromfile(chain.data / f"pretrain.{split}.bin", dtype=np.uint16)
+        ends = np.flatnonzero(ids == tokenizer.end_of_text)
+        pages[split] = [tokenizer.decode(part[part != tokenizer.end_of_text].tolist()) for part in np.split(ids, ends)[:-1]]
+    assert [len(pages[split]) for split in ("train", "valid")] == [300, 6]
+    text = "\n\n".join(pages["train"])
+    assert not any(page in text for page in pages["valid"]) and len(set(pages["valid"])) == 6
+    config = prepare.Config()
+    short = ["Two foods\n1. corn 2. nuts.", "Two foods\n1. nuts 2. corn."]
+    first = next(prepare.pages(config, "valid"))
+    held_out = prepare.held_out_pages(config, [*short, f"{first} And more."], 30)
+    assert len(set(held_out)) == 30 and first not in held_out  # part of a training page is not held out either
+
+
+def test_tasks_to_test_on_are_others_than_those_to_choose_on(chain):
     assert (chain.data / "tasks.valid.jsonl").read_bytes() != (chain.data / "tasks.test.jsonl").read_bytes()
 
 

@@ -59,9 +59,9 @@ def texts(path):
             raise UserError(f"{path} is missing") from None
 
 
-def documents(paths, most, dropped):
-    """Those of all the files, distinct by their beginning."""
-    seen = set()
+def documents(paths, most, dropped, held_out=()):
+    """Those of all the files, distinct by their beginning; none begins like a text of `held_out`."""
+    seen, count = {hash(text.strip()[:PREFIX]) for text in held_out}, 0
     for text in tqdm((text for path in paths for text in texts(path)), desc="documents", unit="", dynamic_ncols=True):
         start = text.strip()[:PREFIX]
         if not start:
@@ -70,8 +70,9 @@ def documents(paths, most, dropped):
             dropped["begins like an earlier one"] += 1
         else:
             seen.add(hash(start))
+            count += 1
             yield text
-        if most and len(seen) == most:
+        if most and count == most:
             return
 
 
@@ -89,7 +90,8 @@ def main(config):
     else:
         files = {split: download.fetch(f"{URL}/webtext.{split}.jsonl", download.cache() / "webtext" / f"{split}.jsonl", sha256)
                  for split, sha256 in SHA256.items()}
-        parts = {split: documents([path], config.documents, dropped) for split, path in files.items()}
+        valid = list(documents([files["valid"]], config.documents, dropped))
+        parts = {"valid": valid, "train": documents([files["train"]], config.documents, dropped, held_out=valid)}
     for split, some in parts.items():  # before anything is written
         some = (text for text in some if text.strip())
         first = next(some, None)
