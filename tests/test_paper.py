@@ -666,7 +666,7 @@ def world(commands, chain, tmp_path):
             path.write_text(json.dumps({"numbers": numbers, "responses": said,
                                         "parameters": parameters.get(file.partition("-")[0], 3_500_000)}))
         logs = {"laptop-0/ppo": [{"step": i} for i in range(130)]}
-        logs |= {f"laptop-{s}/sft16": [{"epoch": i + 1, "valid_loss": 1 + abs(i - 2)} for i in range(16)] for s in range(3)}
+        logs |= {f"laptop-{s}/sft16": [{"epoch": i + 1, "valid_loss": 1 + i / 8} for i in range(16)] for s in range(3)}
         logs |= {f"laptop-0/fold{k}": [{"valid_accuracy": 0.73, "held_out_accuracy": 0.70}] for k in range(5)}
         for run, rows in logs.items():
             (tmp_path / run).mkdir(parents=True, exist_ok=True)
@@ -819,12 +819,37 @@ def test_where_reward_models_are_no_better_on_labelers_they_saw(world):
     assert "| seen labelers | 73.0 ± 0.0% |" in text and "| unseen labelers | 70.0 ± 0.0% |" in text
 
 
+OVERFITS = "SFT overfits on validation loss after 1 epoch: it is higher after 2 epochs, and after 16"
+
+
 def test_epochs_are_counted_from_one(world):
     config = world(as_in_the_paper)
-    assert claims(config, report.sft_epochs)["validation loss is higher after 16 epochs than after 4, the default"].here == (
-        "+12.0000 ± 0.0000; lowest after epoch 3")
-    assert "| epoch | 1 | 2 | 4 | 8 | 12 | 16 |\n|---|---|---|---|---|---|---|\n| validation loss | 3.0000 ± 0.0000 | 2.0000 ± 0.0000 | 2.0000 ± 0.0000 |" in (
+    claim = claims(config, report.sft_epochs)[OVERFITS]
+    assert claim.agrees and claim.here == "+0.1250 ± 0.0000 and +1.8750 ± 0.0000; lowest after epoch 1"
+    assert "| epoch | 1 | 2 | 4 | 8 | 12 | 16 |\n|---|---|---|---|---|---|---|\n| validation loss | 1.0000 ± 0.0000 | 1.1250 ± 0.0000 | 1.3750 ± 0.0000 |" in (
         text_of(config, report.sft_epochs))
+
+
+@pytest.mark.parametrize("losses, verdict", [
+    (lambda i, seed: 1 + abs(i - 2), False),  # it falls first, and is higher at the end
+    (lambda i, seed: 1 + min(i, 1) - i / 8, False),  # it rises first, and is lower at the end
+    (lambda i, seed: 2 - i / 16, False),  # it falls all the time
+    (lambda i, seed: 1 + i * (seed - 0.9), None),  # seeds differ
+])
+def test_validation_loss_must_rise_after_the_first_epoch_and_stay_up(world, losses, verdict):
+    config = world(as_in_the_paper)
+    for seed in range(3):
+        rows = [{"epoch": i + 1, "valid_loss": losses(i, seed)} for i in range(16)]
+        write_lines(Path(config.out) / f"laptop-{seed}/sft16/log.jsonl", rows)
+    claim = claims(config, report.sft_epochs)[OVERFITS]
+    assert claim.agrees is verdict
+    assert verdict is None or claim.here.endswith(f"lowest after epoch {min(range(16), key=lambda i: losses(i, 0)) + 1}")
+
+
+def test_the_report_says_how_many_verdicts_chance_may_have_made(world):
+    config = world(as_in_the_paper)
+    report.main(config)
+    assert "of these 44 verdicts about 1 may be" in (Path(config.out) / "report.md").read_text()
 
 
 def test_kl_of_the_best_of_n_is_the_known_one(world):
