@@ -14,7 +14,6 @@ import fcntl
 import gc
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -401,15 +400,21 @@ def save(path, state):
 
 
 def load(path):
-    """What `save` wrote. ValueError where it is not that to the bit, or holds more than plain values and tensors."""
-    data = Path(path).read_bytes()
-    archive, seal, checksum = data[: -len(SEAL) - 64], data[-len(SEAL) - 64 : -64], data[-64:]
-    if seal != SEAL or hashlib.sha256(archive).hexdigest().encode() != checksum:
-        raise ValueError("cut short, damaged or not of this project")
-    try:
-        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)  # no code in it is run
-    except Exception as error:  # torch raises a dozen kinds here
-        raise ValueError("more than plain values and tensors") from error
+    """What `save` wrote, read twice rather than held twice: for its checksum in blocks, then tensor by tensor. ValueError
+    where it is not that to the bit, or holds more than plain values and tensors."""
+    with open(path, "rb") as file:  # opened once: a file that takes its name meanwhile is not mixed with it
+        checksum, last = hashlib.sha256(), b""
+        for block in iter(lambda: file.read(2**20), b""):
+            last += block
+            checksum.update(last[: -len(SEAL) - 64])
+            last = last[-len(SEAL) - 64 :]
+        if last != SEAL + checksum.hexdigest().encode():
+            raise ValueError("cut short, damaged or not of this project")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)  # no code in it is run
+        except Exception as error:  # torch raises a dozen kinds here
+            raise ValueError("more than plain values and tensors") from error
 
 
 def load_checkpoint(path, made_by):

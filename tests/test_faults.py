@@ -331,6 +331,39 @@ def test_a_file_cut_anywhere_or_with_one_flipped_bit_is_refused(tmp_path):
     common.load_checkpoint(path, "make sft")
 
 
+MEMORY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import common
+most = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+common.load(sys.argv[2])
+before = most()
+tensors = common.load(sys.argv[3])
+print(most() - before, sum(tensor.nbytes for tensor in tensors.values()))
+"""
+
+
+def test_loading_takes_the_memory_of_the_tensors_and_little_more(tmp_path):
+    common.save(tmp_path / "small.pt", {"w": torch.zeros(1)})
+    common.save(tmp_path / "large.pt", {str(i): torch.zeros(size * 2**18) for i, size in enumerate([100] + [10] * 10)})
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(ROOT), str(tmp_path / "small.pt"), str(tmp_path / "large.pt")],
+                          capture_output=True, text=True)
+    grown, size = map(int, done.stdout.split())
+    assert size == 200 * 2**20 and 0.9 * size < grown < 1.2 * size
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_is_read_as_it_was(tmp_path, monkeypatch):
+    path, load = tmp_path / "file.pt", torch.load
+    common.save(path, {"step": 1})
+
+    def replaced(*rest, **more):
+        torch.save({"step": 2}, tmp_path / "other.pt")  # without a seal: what load must not return
+        os.replace(tmp_path / "other.pt", path)
+        return load(*rest, **more)
+    monkeypatch.setattr(torch, "load", replaced)
+    assert common.load(path) == {"step": 1}
+
+
 def sealed(path, archive):
     buffer = io.BytesIO()
     torch.save(archive, buffer)
