@@ -524,27 +524,34 @@ class Run:
         return step
 
     def last_state(self):
-        """The newest resume file that is whole, or None."""
+        """The newest resume file that is whole, or None. Every rank must have read the same one, and only then a damaged one is
+        moved: a rank that is slow finds the files as the others did."""
         paths = [path for path in (self.folder / "resume.pt", self.folder / "resume.before.pt") if path.is_file()]
+        found = state = None
         for path in paths:
             try:
                 state = load(path)
-                before, inputs = state["config"], state["inputs"]
+                before, inputs, found = state["config"], state["inputs"], state["step"]
+                break
             except (ValueError, KeyError, TypeError):
-                if self.ranks.main and path is not paths[-1]:
-                    print(f"{path} is damaged; going on from the one before")
-                    path.rename(path.with_suffix(".damaged"))  # so that it doesn't take the place of the good one
-                continue
-            for name in self.config:
-                if self.config[name] != before.get(name):
-                    raise UserError(f"{path} is of a run with --{name} {before.get(name)}, not {self.config[name]}; "
-                                    "--no-resume starts over")
-            for name, was in self.inputs.items():
-                if inputs.get(name) != was:
-                    raise UserError(f"{path} is of a run on another {name}; --no-resume starts over")
-            return state
-        if paths:
+                found = "damaged"
+        if len(set(self.ranks.gather([found]))) > 1:
+            raise UserError(f"{self.folder}: not all processes find the same resume.pt there; give them a folder that they share")
+        if found == "damaged":
             raise UserError(f"{paths[0]} is damaged; --no-resume starts over")
+        if not state:
+            return None
+        for name in self.config:
+            if self.config[name] != before.get(name):
+                raise UserError(f"{path} is of a run with --{name} {before.get(name)}, not {self.config[name]}; "
+                                "--no-resume starts over")
+        for name, was in self.inputs.items():
+            if inputs.get(name) != was:
+                raise UserError(f"{path} is of a run on another {name}; --no-resume starts over")
+        if self.ranks.main and path is not paths[0]:
+            print(f"{paths[0]} is damaged; going on from the one before")
+            paths[0].rename(paths[0].with_suffix(".damaged"))  # so that it doesn't take the place of the good one
+        return state
 
     def checkpoint(self, step, **parts):
         """Leave all it takes to go on from `step`, if the last time is long enough ago or somebody wants to stop."""

@@ -474,6 +474,39 @@ def test_a_damaged_resume_file_does_not_take_the_place_of_the_good_one_before(le
     assert whole
 
 
+def on_two_ranks(config, folders, wait=0.0):
+    """Go on with a run in these folders, a rank each; rank 1 reads `wait` seconds late. -> where it goes on or what it says, by rank"""
+    said = [Path(f"{config.out}.rank{rank}") for rank in range(2)]
+
+    def work():
+        ranks, load = Ranks(Machine(device="cpu")), common.load
+        common.load = lambda path: time.sleep(wait * ranks.rank) or load(path)
+        try:
+            said[ranks.rank].write_text(str(Run(folders[ranks.rank], config, ranks).resume(model=random_gpt())))
+        except UserError as error:
+            said[ranks.rank].write_text(str(error))
+    assert [ended(child) for child in fork_ranks(2, work)] == [0, 0]
+    return [path.read_text() for path in said]
+
+
+def test_a_rank_that_reads_late_goes_on_from_the_same_file_as_the_others(letters, every_step):
+    config, folder = killed_at(letters, "sft", "damaged", 2), letters.out / "damaged"
+    damage(folder / "resume.pt")
+    assert on_two_ranks(config, [folder, folder], wait=0.5) == ["1", "1"]
+    assert (folder / "resume.damaged").exists() and not (folder / "resume.pt").exists()
+
+
+def test_ranks_that_find_different_resume_files_all_refuse_to_go_on(letters, every_step):
+    config = killed_at(letters, "sft", "one", 2)
+    for name in ("nothing", "damaged"):
+        (letters.out / name).mkdir()
+    (letters.out / "damaged/resume.pt").write_text("damaged")
+    for other in ("nothing", "damaged"):
+        folders = [letters.out / "one", letters.out / other]
+        assert on_two_ranks(config, folders) == [
+            f"{folder}: not all processes find the same resume.pt there; give them a folder that they share" for folder in folders]
+
+
 # ---------------------------------------------------------------- asked to stop
 
 def test_sigterm_and_ctrl_c_finish_the_step_and_the_same_command_goes_on(letters):
