@@ -507,6 +507,8 @@ class Run:
             for name, part in parts.items():
                 model, optimizer = part if isinstance(part, tuple) else (part, None)
                 set_model_state_dict(model, state[name], options=StateDictOptions(full_state_dict=True))
+                if optimizer:
+                    self.ranks.skips[id(optimizer)] = state.get(f"{name} skips", 0)  # an older resume.pt has none
                 if optimizer and f"{name} optimizer" in state:
                     set_optimizer_state_dict(model, optimizer, state[f"{name} optimizer"],
                                              options=StateDictOptions(full_state_dict=True))
@@ -562,6 +564,8 @@ class Run:
         for name, part in parts.items():
             model, optimizer = part if isinstance(part, tuple) else (part, None)
             state[name] = get_model_state_dict(model, options=FULL)
+            if optimizer:
+                state[f"{name} skips"] = self.ranks.skips[id(optimizer)]
             if optimizer and optimizer.state:  # asked for before its first step, it would take one
                 state[f"{name} optimizer"] = get_optimizer_state_dict(model, optimizer, options=FULL)
         if self.ranks.main:

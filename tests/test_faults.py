@@ -685,6 +685,37 @@ def test_as_many_in_a_row_as_patience_says_stop_the_run(letters, stage, broken_l
     assert not Path(f"{config.out}/model.pt").exists()
 
 
+def test_skips_in_a_row_before_a_stop_count_when_the_run_goes_on(letters, broken_loss, stop_and_go_on):
+    broken_loss("sft", {1, 2, 3, 4})  # the first of them is saved, the second is made again
+    with pytest.raises(UserError, match=r"not finite 3 times in a row \(--patience\)"):
+        stop_and_go_on(sft.main, letters.sft(patience=3), step=2)
+
+
+def test_each_optimizer_goes_on_with_its_own_skips(tmp_path):
+    def start():
+        ranks, models = Ranks(Machine(device="cpu", patience=3)), {name: torch.nn.Linear(1, 1) for name in ("policy", "value")}
+        return ranks, {name: (model, common.adam(model, 1e-3)) for name, model in models.items()}
+
+    def update(ranks, model, optimizer, gradient):
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, gradient)
+        common.update(optimizer, model, 1e-3, ranks)
+
+    ranks, parts = start()
+    run = Run(tmp_path, Machine(), ranks, every=-1.0)
+    run.resume(**parts)
+    for _ in range(2):
+        update(ranks, *parts["policy"], float("nan"))
+        update(ranks, *parts["value"], 1.0)
+    run.checkpoint(1, **parts)
+    ranks, parts = start()
+    assert Run(tmp_path, Machine(), ranks).resume(**parts) == 1
+    for _ in range(2):
+        update(ranks, *parts["value"], float("nan"))
+    with pytest.raises(UserError, match="3 times in a row"):
+        update(ranks, *parts["policy"], float("nan"))
+
+
 def test_saving_before_the_first_good_update_does_not_change_the_run(letters, broken_loss, monkeypatch):
     broken_loss("sft", {0, 1})
     whole, saving = (config_of(letters, "sft", name) for name in ("whole", "saving"))
