@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from common import UserError, write_atomically
 
 COLUMNS = ("pair", "prompt", "first", "second", "preferred")
 WON = {"first": 1.0, "second": 0.0, "tie": 0.5}  # how much of a win it is for the first
+# What a spreadsheet may take for a formula, and run: some look behind white space, some know the wide characters.
+FORMULA = re.compile(r"[\t\r\n]|\s*[=+\-@＝＋－＠]")
 
 
 def draw(records, responses, same, baseline, count, seed):
@@ -32,7 +35,9 @@ def draw(records, responses, same, baseline, count, seed):
 
 
 def write(path, rows, sides, models):
-    """The table at `path` and its key beside it. models: {model: a fingerprint}, to tell later whether they are the same."""
+    """The table at `path` and its key beside it. models: {model: a fingerprint}, to tell later whether they are the same.
+    An apostrophe goes before a text that might be a formula, as is usual: a person reads over it."""
+    rows = [["'" * bool(FORMULA.match(cell)) + cell for cell in row] for row in rows]
     text = io.StringIO()
     csv.writer(text).writerows([COLUMNS, *rows])
     key = json.dumps({"models": models, "sides": sides})

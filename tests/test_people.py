@@ -229,6 +229,23 @@ def test_the_model_that_people_always_prefer_wins_every_time(tmp_path):
         assert sorted(wins) == sorted((expected, f"user {i // 2}") for i in range(40))  # whose prompt it was is known
 
 
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\rx", "\nx", " =1+1", " - a list\n - of two", "\u00a0\t@x", "\uff1d1"]
+TEXTS = ["", "1 = 1", " a list - of one", "a\t=1", "'=1", '"=1"', "a,=1", "(=1)", "a\n=1", "\u2013 1"]
+
+
+def test_no_text_is_a_formula_to_a_spreadsheet_and_answers_are_read_all_the_same(tmp_path):
+    path, texts = tmp_path / "pairs.csv", FORMULAS + TEXTS
+    records, responses = [{"prompt": text} for text in texts], {"PPO": texts, "SFT": [], evaluate.BASELINE: texts[::-1]}
+    rows, sides = pairs.draw(records, responses, "SFT", evaluate.BASELINE, len(texts), 0)
+    pairs.write(path, rows, sides, {})
+    wrote = fill_in(path, lambda row: "first")
+    assert len(wrote) == len(rows)
+    for row, before in zip(wrote, rows):
+        assert row == [("'" if text in FORMULAS else "") + text for text in before]
+    wins = pairs.read(path, evaluate.BASELINE, {})["PPO"]
+    assert sum(wins) == sum(first == "PPO" for first, _ in sides.values()) and len(wins) == len(texts)
+
+
 @pytest.fixture
 def one_pair(tmp_path):
     records = [{"prompt": "prompt", "user": "u"}]
