@@ -464,6 +464,29 @@ def digest(path):
         raise UserError(f"{path} is missing") from None
 
 
+LOCKS = {}  # folder: its open file, which holds the lock until it is closed, or this process ends
+
+
+def lock(folder, ranks):
+    """Keep other commands from writing into the folder until `unlock`. UserError, on every rank, where one does. Rank 0 has the
+    lock; to lock once more what this process has is no error."""
+    taken, name = [], Path(folder).resolve()
+    if ranks.main and name not in LOCKS:
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[name] = handle
+        except OSError:
+            os.close(handle)
+            taken.append(name)
+    if ranks.gather(taken):
+        raise UserError(f"{folder} is being written by another run")
+
+
+def unlock(folder):
+    os.close(LOCKS.pop(Path(folder).resolve()))
+
+
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of any sharding, whole and on rank 0
 
 
@@ -482,21 +505,7 @@ class Run:
         self.saved_at = time.monotonic()
         if ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock()
-        ranks.barrier()
-
-    locks = {}  # folder: its open file, which holds the lock for as long as this process lives
-
-    def lock(self):
-        name = self.folder.resolve()
-        if name not in Run.locks:
-            handle = os.open(name, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(handle)
-                raise UserError(f"{self.folder} is being written by another run") from None
-            Run.locks[name] = handle
+        lock(self.folder, ranks)
 
     def resume(self, wanted=True, **parts):
         """Load what a stopped run of the same configuration left into `parts`.
@@ -606,7 +615,7 @@ class Run:
         if self.ranks.main:
             for path in (*self.folder.glob("resume*"), *self.folder.glob("*.tmp")):
                 path.unlink(missing_ok=True)
-            os.close(Run.locks.pop(self.folder.resolve()))
+            unlock(self.folder)
         self.ranks.barrier()
 
 

@@ -143,6 +143,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
 def main(config):
     ranks = Ranks(Machine(device=config.device))
     tokenizer = Tokenizer.load(config.data)
+    common.lock(config.data, ranks)
     sources = load_sources(config, tokenizer, ranks)
     longest = min(model.config.context for model, _ in sources) - config.max_new_tokens - 1  # for the end
     if "asks" not in readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "prompts")[0]:
@@ -162,6 +163,7 @@ def main(config):
                   f"{len(records) - len(results[path])} prompts left out, their responses being all the same")
     if ranks.main:
         publish(results, config.append)
+        common.unlock(config.data)
 
 
 def publish(results, append):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import errno
 import functools
 import io
@@ -10,6 +11,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +33,7 @@ import reward
 import sft
 from common import Machine, Ranks, Run, UserError
 from conftest import ROOT, random_gpt, read_log, same, save, weights, write_lines
-from data import readers
+from data import collect, readers
 from data.tokenizer import Tokenizer, train_bpe
 from model import ScalarModel
 
@@ -604,6 +606,39 @@ def test_a_folder_that_a_run_writes_is_refused_to_another_until_it_ends_or_is_ki
     ended(second)
     sft.main(config)
     assert_same_run(config.out, whole.out)
+
+
+def test_comparisons_are_collected_by_one_command_at_a_time_in_a_folder(chain, tmp_path):
+    shutil.copytree(chain.data, tmp_path / "data")
+    config = dataclasses.replace(chain.collecting, data=str(tmp_path / "data"), append=False)
+    comparisons = lambda: [Path(f"{config.data}/comparisons.{split}.jsonl").read_bytes() for split in ("train", "valid")]
+    before, part = comparisons(), Path(f"{config.data}/comparisons.train.jsonl.part")
+
+    def waits():
+        sample = collect.sample
+
+        def slow(*rest):
+            if part.exists() and part.read_bytes().count(b"\n") == 2:  # a batch is done
+                time.sleep(60)
+            return sample(*rest)
+        collect.sample = slow
+        collect.main(config)
+
+    def refused():
+        with pytest.raises(UserError, match=f"^{config.data} is being written by another run$"):
+            collect.main(config)
+    first = fork(waits)
+    wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") == 2)
+    done = part.read_bytes()
+    refused()
+    assert [ended(child, within=20) for child in fork_ranks(2, refused)] == [0, 0]
+    assert part.read_bytes() == done and comparisons() == before
+    os.kill(first, signal.SIGKILL)
+    ended(first)
+    for _ in range(2):  # the second is not in the first one's way
+        collect.main(config)
+        assert comparisons() == before
+    assert ended(fork(lambda: collect.main(config))) == 0
 
 
 # ---------------------------------------------------------------- numbers that are not finite
