@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -496,13 +497,19 @@ class Run:
     resume.pt holds how long the log and the samples were when it was written; what stands behind that is cut off when
     the run goes on, so no step stands there twice. `inputs` are the files that the run starts from: a resume.pt that
     came of other contents is refused. `parts` are {name: model or (model, its optimizer)}; whole weights are saved however
-    they are sharded, so a run may go on with other processes than it began with."""
+    they are sharded, so a run may go on with other processes than it began with.
+
+    A model.pt never stands beside the log of another run: a run that starts over where one was finished moves that one's files
+    into before/ first, and removes them when it is finished itself."""
 
     def __init__(self, folder, config, ranks, inputs=(), every=30.0):  # seconds from one resume.pt to the next
         self.folder, self.ranks, self.every, self.pause = Path(folder), ranks, every, every
         self.inputs = {str(path): digest(path) for path in inputs}
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in HOW}
         self.saved_at = time.monotonic()
+        for path in map(Path, inputs):
+            if path.suffix == ".pt" and path.resolve().parent == self.folder.resolve():
+                raise UserError(f"--out {folder}: the run would replace {path}, which it starts from; choose another folder")
         if ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
         lock(self.folder, ranks)
@@ -524,15 +531,33 @@ class Run:
             step, self.sizes, self.ranks.skipped = state["step"], state["sizes"], state["skipped"]
             self.ranks.scaler.load_state_dict(state["scaler"])
         if self.ranks.main:
-            for path in self.folder.glob("*.pt") if step == 0 else ():
-                if path.name.startswith(("resume", "epoch", "iteration")):  # another run's, which this one takes the place of
-                    path.unlink()
+            if step == 0:
+                self.start_over()
             for name, size in self.sizes.items():  # forget what was written after the state was
                 with open(self.folder / name, "ab") as file:
                     file.truncate(min(size, file.tell()))
         self.ranks.barrier()
         Interrupt.waiting = True
         return step
+
+    def start_over(self):
+        """Clear the folder of another run. The model of a finished one is moved last: when this is cut short, the next start finds
+        it and moves the rest."""
+        before, model, log = (self.folder / name for name in ("before", "model.pt", "log.jsonl"))
+        for path in self.folder.glob("resume*.pt"):
+            path.unlink()
+        epochs = [*self.folder.glob("epoch*.pt"), *self.folder.glob("iteration*.pt")]
+        if not model.is_file():
+            for path in epochs:
+                path.unlink()
+            return
+        if log.is_file() and before.is_dir():  # nothing is moved yet: what is there is of a still older run
+            shutil.rmtree(before)
+        before.mkdir(exist_ok=True)
+        for path in (log, self.folder / "samples.txt", *epochs, model):
+            if path.is_file():
+                os.replace(path, before / path.name)
+        print(f"{self.folder}: the finished run that was here is kept in {before} until this one is finished")
 
     def last_state(self):
         """The newest resume file that is whole, or None. Every rank must have read the same one, and only then a damaged one is
@@ -613,6 +638,8 @@ class Run:
         """The run is complete: nothing is left to resume."""
         Interrupt.waiting = False
         if self.ranks.main:
+            if (self.folder / "before").is_dir():  # while there is a resume.pt, so that this is done again when cut short
+                shutil.rmtree(self.folder / "before")
             for path in (*self.folder.glob("resume*"), *self.folder.glob("*.tmp")):
                 path.unlink(missing_ok=True)
             unlock(self.folder)

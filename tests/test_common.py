@@ -289,6 +289,47 @@ def test_a_fresh_start_forgets_the_old_log(tmp_path):
     assert read_log(config.out) == [{"step": 0, "skipped": 0}]
 
 
+def test_a_finished_run_waits_in_before_until_the_next_one_is_finished(tmp_path, capsys):
+    folder, model = tmp_path / "run", random_gpt()
+
+    def start(number):
+        run = Run(folder, Config(), Ranks(Machine(device="cpu")))
+        assert run.resume(wanted=False) == 0
+        run.log(number)
+        run.save_model(model, "data", f"epoch{number}.pt")
+        return run
+
+    def finish(run):
+        run.save_model(model, "data")
+        run.finish()
+
+    def names(where):
+        return sorted(os.listdir(where))
+    finish(start(1))
+    assert names(folder) == ["epoch1.pt", "log.jsonl", "model.pt", "samples.txt"] and not capsys.readouterr().out
+    start(2)
+    assert capsys.readouterr().out == f"{folder}: the finished run that was here is kept in {folder}/before until this one is finished\n"
+    run = start(3)  # 2 was stopped
+    assert names(folder) == ["before", "epoch3.pt", "log.jsonl", "samples.txt"] and read_log(folder)[0]["step"] == 3
+    assert names(folder / "before") == ["epoch1.pt", "log.jsonl", "model.pt", "samples.txt"]
+    assert read_log(folder / "before")[0]["step"] == 1
+    run.save_model(model, "data")  # and killed now, 3 is what waits for 4
+    run = start(4)
+    assert names(folder / "before") == ["epoch3.pt", "log.jsonl", "model.pt", "samples.txt"]
+    finish(run)
+    assert names(folder) == ["epoch4.pt", "log.jsonl", "model.pt", "samples.txt"]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "epoch2.pt"])
+def test_a_run_that_would_replace_the_model_it_starts_from_is_refused(letters, name):
+    path = letters.out / "sft" / name
+    save(random_gpt(), path, letters.tokenizer)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"sft: the run would replace .*{name}, which it starts from; choose another folder"):
+        sft.main(letters.sft(init=str(path)))
+    assert path.read_bytes() == before and os.listdir(path.parent) == [name]
+
+
 def test_going_on_with_another_configuration_is_an_error_that_names_the_field(tmp_path):
     config, out = Config(out=str(tmp_path / "run")), tmp_path / "run"
     run = Run(config.out, config, Ranks(Machine(device="cpu")), every=-1.0)

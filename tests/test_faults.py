@@ -164,13 +164,13 @@ def test_killed_at_random_moments_a_run_ends_with_the_bits_of_one_that_never_was
     assert_same_run(config.out, whole.out)
 
 
-MOMENTS = [(torch, "save"), (os, "replace"), (os, "fsync"), (common, "digest"), (Path, "unlink"), (Run, "log")]
+MOMENTS = [(torch, "save"), (os, "replace"), (os, "fsync"), (common, "digest"), (Path, "unlink"), (Run, "log"), (shutil, "rmtree")]
 
 
 def count_moments(n, last):
-    """From the checkpoint of step `last` on, count the moments before, within and after each call that touches a file;
+    """From the checkpoint of step `last` on, or from now if that is 0, count the moments before, within and after each call that touches a file;
     at the n-th, die. -> the counter."""
-    seen = []
+    seen = [] if last else [0]
 
     def moment():
         if seen:
@@ -223,6 +223,41 @@ def test_killed_at_any_moment_of_any_write_a_run_goes_on(letters, stage, every_s
         assert ended(fork(lambda: counting(n))) == -signal.SIGKILL
         assert ended(fork(lambda: module.main(config))) == 0
         assert_same_run(config.out, whole.out)
+
+
+def test_killed_at_any_moment_a_run_over_a_finished_one_leaves_no_model_beside_another_log(letters):
+    old, new = (config_of(letters, "sft", name, seed=seed, **SHORT["sft"]) for name, seed in (("old", 0), ("new", 1)))
+    for config in (old, new):
+        sft.main(config)
+    assert read_log(old.out) != read_log(new.out)
+
+    def over(n):
+        folder = letters.out / f"cut{n}"
+        if not folder.exists():
+            shutil.copytree(old.out, folder)
+        return dataclasses.replace(new, out=str(folder))
+
+    def counting(n):
+        seen = count_moments(n, last=0)
+        sft.main(over(n))
+        Path(letters.out / "moments").write_text(str(len(seen) - 1))
+
+    assert ended(fork(lambda: counting(0))) == 0
+    assert_same_run(over(0).out, new.out)
+    moments = int((letters.out / "moments").read_text())
+    assert moments > 30
+    for n in range(1, moments + 1):
+        assert ended(fork(lambda: counting(n))) == -signal.SIGKILL
+        folder, models, logs = Path(over(n).out), [], []
+        for where in (folder, folder / "before"):
+            if (where / "log.jsonl").exists():
+                logs.append(read_log(where))
+            if (where / "model.pt").exists():
+                models.append(old if same(weights(where / "model.pt"), weights(f"{old.out}/model.pt")) else new)
+                assert not (where / "log.jsonl").exists() or logs[-1] == read_log(models[-1].out)
+        assert new in models or old in models and read_log(old.out) in logs
+        assert ended(fork(lambda: sft.main(over(n)))) == 0
+        assert_same_run(folder, new.out)
 
 
 # ---------------------------------------------------------------- many processes
