@@ -37,7 +37,7 @@ def draw(records, responses, same, baseline, count, seed):
 def write(path, rows, sides, models):
     """The table at `path` and its key beside it. models: {model: a fingerprint}, to tell later whether they are the same.
     An apostrophe goes before a text that might be a formula, as is usual: a person reads over it."""
-    rows = [["'" * bool(FORMULA.match(cell)) + cell for cell in row] for row in rows]
+    rows = [["'" + cell if FORMULA.match(cell) else cell for cell in row] for row in rows]
     text = io.StringIO()
     csv.writer(text).writerows([COLUMNS, *rows])
     key = json.dumps({"models": models, "sides": sides})
