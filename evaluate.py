@@ -175,9 +175,11 @@ def next_words(model, pages, tokenizer, device):
 @torch.no_grad()
 def score(model, records, responses, tokenizer, device):
     """The reward model's score of each response, at its end of text."""
-    episodes = [readers.episode(r["prompt"], text, tokenizer) for r, text in zip(records, responses)]
-    # Broken characters take more tokens read back than they took when sampled; what no longer fits is cut.
-    episodes = [(prompt, said[: model.config.context - len(prompt)]) for prompt, said in episodes]
+    episodes = []
+    for r, text in zip(records, responses):
+        prompt, response = readers.episode(r["prompt"], text, tokenizer)
+        room = model.config.context - len(prompt) - 1  # broken characters can outgrow it, read back
+        episodes.append((prompt, response[:-1][:room] + response[-1:]))
     result = [0.0] * len(episodes)
     order = sorted(range(len(episodes)), key=lambda i: readers.length(episodes[i]))
     for first in range(0, len(order), 128):
@@ -255,13 +257,14 @@ def metadata_rates(records, responses):
             for rate in seen["SFT"][0]}
 
 
-def ranked_by_models(models, records, tokenizer, device):
+def ranked_by_models(models, records, tokenizer, ranks):
     """For the comparisons on unseen customers' prompts: {who: [(pairs, pairs ordered as the labeler did) a prompt]} of each
     reward model in {who: model}."""
     flat = [(r, text) for r in records for text in r["responses"]]
     shares = {}
     for who, model in models.items():
-        scores = iter(score(model, [r for r, _ in flat], [text for _, text in flat], tokenizer, device))
+        with ranks.autocast():
+            scores = iter(score(model, [r for r, _ in flat], [text for _, text in flat], tokenizer, ranks.device))
         shares[who] = [pair_accuracy([next(scores) for _ in r["responses"]], r["ranks"]) for r in records]
     return shares
 
@@ -289,7 +292,7 @@ def reward_model_report(models, config, tokenizer, ranks, world):
     if not world and not Path(path).is_file():
         return {}
     records = readers.read_jsonl(path, "judged" if world else "comparisons", "make comparisons")
-    shares = ranked_by_models(models, records, tokenizer, ranks.device)
+    shares = ranked_by_models(models, records, tokenizer, ranks)
     if world:
         teams = dict(zip(TEAMS, labelers.team()))
         shares |= ranked_by_labelers(records, teams, config)

@@ -159,6 +159,13 @@ def test_scores_are_those_of_each_text_alone_at_its_end_of_text(letters):  # pit
     assert scores == pytest.approx(alone, abs=1e-5)
 
 
+def test_a_response_that_outgrows_the_context_is_scored_at_its_end_of_text_all_the_same(letters):  # pitfalls 5, 30
+    model = random_gpt(kind=ScalarModel, context=8)
+    (score,) = evaluate.score(model, [{"prompt": "bcd"}], ["abcdefgh"], letters.tokenizer, "cpu")
+    cut = letters.tokenizer.encode("bcd" + "abcd") + [END]  # 8 tokens
+    assert score == pytest.approx(model(torch.tensor([cut]))[0, -1].item(), abs=1e-5)
+
+
 # ---------------------------------------------------------------- who says what of whom
 
 def said(records, seed):

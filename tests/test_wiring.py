@@ -84,7 +84,7 @@ def world(tmp_path_factory):
         config = reward.Config(seed=int(name == "judge")) if isinstance(model, ScalarModel) else sft.Config()
         path = out / "sft" / f"{name}.pt" if name.startswith("epoch") else out / name / "model.pt"
         run = common.Run(path.parent, config, common.Ranks(common.Machine(device="cpu")))
-        run.save_model(model, data, path.name, tokenizer=TOKENIZER.fingerprint)
+        run.save_model(model, data, path.name, tokenizer=TOKENIZER.fingerprint, head_seed=config.seed)
         run.finish()
     models["gpt2"].save_gpt2(out / "gpt2")
     write_lines(out / "sft/log.jsonl", [{"step": i, "epoch": i + 1, "valid_loss": 3.5 - i} for i in range(2)])
@@ -335,12 +335,12 @@ def test_pairs_for_people_are_a_models_response_and_the_baselines(by_judge, worl
         rows = list(csv.DictReader(file))
     sides = json.loads((world.out / "pairs.key.json").read_text())["sides"]
     prompts = [r["prompt"] for r in by_judge.records]
-    assert Counter(name for pair in sides.values() for name in pair if "baseline" not in name) == {
+    assert Counter(name for pair in sides.values() for name in pair[:2] if "baseline" not in name) == {
         name: 5 for name in by_judge.runs if name != "SFT"}
     for row in rows:
-        i = prompts.index(row["prompt"])
-        assert [row["first"], row["second"]] == [said(by_judge, name)[i] for name in sides[row["pair"]]]
-        assert any("SFT" in name for name in sides[row["pair"]])
+        i, (first, second, user) = prompts.index(row["prompt"]), sides[row["pair"]]
+        assert [row["first"], row["second"]] == [said(by_judge, name)[i] for name in (first, second)]
+        assert any("SFT" in name for name in (first, second)) and user == by_judge.records[i]["user"]
 
 
 # ---------------------------------------------------------------- the reward model, the epochs, the tasks
