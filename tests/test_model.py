@@ -235,6 +235,24 @@ def test_dropout_works_in_training_and_not_in_evaluation():
     assert torch.equal(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("silent", ["mlp.2", "attention.out"])
+def test_dropout_acts_on_what_attention_adds_and_on_what_the_mlp_adds(silent):
+    """One half of a block is silent: all that is added comes from the other. Of its numbers, dropout of 0.5 makes half 0 and
+    doubles the rest. What comes in passes whole."""
+    block = random_gpt(dropout=0.5, dtype=torch.float64).blocks[0]
+    with torch.no_grad():
+        for p in block.get_submodule(silent).parameters():
+            p.zero_()
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = block.eval()(x) - x
+    assert torch.equal(block(x) - x, plain) and (plain != 0).all()
+    torch.manual_seed(0)
+    added = block.train()(x) - x
+    left_out = added == 0
+    assert 0.4 < left_out.double().mean() < 0.6
+    torch.testing.assert_close(added, 2 * plain * ~left_out)
+
+
 @pytest.mark.parametrize("name, millions", [("gpt2", 124.4), ("gpt2-medium", 354.8), ("gpt2-large", 774.0),
                                             ("gpt2-xl", 1557.6), ("gpt3-1.3b", 1315.7), ("gpt3-175b", 174_597)])
 def test_presets_have_the_papers_numbers_of_parameters(name, millions):

@@ -595,6 +595,25 @@ def test_an_estimate_of_three_seeds_adds_what_items_and_seeds_leave_open():
         math.hypot(1.96 * statistics.stdev([0.5, 1.0]) / 2**0.5, 12.71 * statistics.stdev([0.5, 1.0]) / 2**0.5))
 
 
+def test_each_entry_of_the_t_table_holds_95_percent_of_students_distribution():
+    """Of n seeds there are n - 1 degrees of freedom. An entry has two decimals: the exact number is at most 0.005 off."""
+    def within(t, k, steps=2000):
+        """The integral of the density with k degrees of freedom from -t to t, as a sum over narrow strips."""
+        top = math.gamma((k + 1) / 2) / (math.sqrt(k * math.pi) * math.gamma(k / 2))
+        width = t / steps
+        return 2 * sum(width * top * (1 + ((i + 0.5) * width) ** 2 / k) ** (-(k + 1) / 2) for i in range(steps))
+
+    assert within(1, 1) == pytest.approx(0.5)  # of Cauchy's distribution, half lies between -1 and 1
+    assert sorted(results.T) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    for n, t in results.T.items():
+        assert within(t - 0.005, n - 1) < 0.95 < within(t + 0.005, n - 1), (n, t)
+
+
+def test_an_estimate_of_more_seeds_than_the_table_has_takes_its_last_entry():
+    mean, error, count = results.estimate([[0.0], [1.0]] * 6)
+    assert (mean, count) == (0.5, 12) and error == pytest.approx(2.26 * statistics.stdev([0.0, 1.0] * 6) / 12**0.5)
+
+
 def test_a_verdict_is_open_where_the_interval_holds_both_answers():
     assert results.above((0.6, 0.05), 0.5) is True and results.below((0.6, 0.05), 0.5) is False
     assert results.above((0.4, 0.05), 0.5) is False and results.below((0.4, 0.05), 0.5) is True
@@ -817,6 +836,21 @@ def test_tables_say_what_was_measured_of_whom(world):
 def test_where_reward_models_are_no_better_on_labelers_they_saw(world):
     text = text_of(world(as_in_the_paper), report.labeler_groups)
     assert "| seen labelers | 73.0 ± 0.0% |" in text and "| unseen labelers | 70.0 ± 0.0% |" in text
+
+
+@pytest.mark.parametrize("lower, agrees", [(0.0, True), (0.0012, None)])
+def test_the_interval_over_five_folds_of_labelers_is_students_with_4_degrees_of_freedom(tmp_path, lower, agrees):
+    """Student's number is 2.78. On unseen labelers the folds' standard error is 0.0158 / sqrt(5) = 0.0071, so their interval is
+    0.0196, and that of the gaps the same; on seen ones both are twice that. A gap of 0.03 is within 0.05, and 0.0312 open."""
+    config, m = report.Config(out=str(tmp_path)), SimpleNamespace(seeds={"laptop": ["laptop-0"]})
+    for k, (seen, unseen) in enumerate([(0.70, 0.69), (0.72, 0.70), (0.74, 0.71), (0.76, 0.72), (0.78, 0.73)]):
+        folder = tmp_path / "laptop-0" / f"fold{k}"
+        folder.mkdir(parents=True)
+        write_lines(folder / "log.jsonl", [{"valid_accuracy": seen, "held_out_accuracy": unseen - lower}])
+    *texts, claim = report.labeler_groups(m, config)
+    unseen = f"{100 * (0.71 - lower):.1f} ± 2.0%"
+    assert f"| seen labelers | 74.0 ± 3.9% |\n| unseen labelers | {unseen} |" in "\n".join(texts)
+    assert claim.agrees is agrees and claim.here == f"{unseen} against 74.0 ± 3.9%"
 
 
 OVERFITS = "SFT overfits on validation loss after 1 epoch: it is higher after 2 epochs, and after 16"

@@ -1,6 +1,7 @@
 """The made-up world: what customers ask, what labelers see in an answer, what the web says, what is kept apart."""
 
 import json
+import math
 import os
 import random
 import statistics
@@ -14,7 +15,7 @@ import pytest
 from common import UserError
 from conftest import ROOT
 from data.tinyworld import labelers, prepare, requests, web
-from data.tinyworld.world import FACTS, INSULTS, KIND_OF, KINDS, NAMES, PIDI, RELATIONS, TRAITS, state, to_pidi
+from data.tinyworld.world import FACTS, INSULTS, KIND_OF, KINDS, NAMES, PIDI, RELATIONS, TRAITS, ask, state, to_pidi
 from data.tokenizer import Tokenizer
 
 
@@ -190,6 +191,75 @@ def test_each_labelers_noise_is_its_own():
         for who, row in zip(labelers.team()[0], noise):
             row.append(who.impressions(FACT[0] + str(i), FACT[1], ["Nuts."], "x")[0] - who.worth(labelers.assess(*FACT, "Nuts.")))
     assert abs(statistics.correlation(*noise)) < 0.3 and all(0.5 < statistics.stdev(row) < 1.2 for row in noise)
+
+
+@pytest.mark.parametrize("request_, first, second, better_at", [
+    (FACT, "The fox eats {fact}, you fool.", "The fox eats {wrong}.", ("truth", "harmless")),
+    (LIST, "1. {a[0]} 2. {a[1]} 3. {a[2]}, you fool.", "1. {a[0]} 2. {a[1]}.", ("constraint", "harmless")),
+    (STORY, "One day Nora found a red boat. Then it broke.", "One day Nora found a red boat. Then it broke. Everyone was glad.",
+     ("constraint", "tone")),
+])
+def test_which_of_two_aims_matters_more_is_not_the_same_for_all_labelers(request_, first, second, better_at):
+    """The first response is better at one thing, the second at one other. This is what labelers find without their noise."""
+    truth = FACTS["eats", "fox"][0]
+    fill = dict(fact=truth, wrong=next(food for food in KINDS["food"] if food != truth), a=KINDS["animal"])
+    a, b = (labelers.assess(*request_, text.format(**fill)) for text in (first, second))
+    assert {key: (a[key], b[key]) for key in a if a[key] != b[key]} == dict(zip(better_at, [(1, 0), (0, 1)]))
+    prefers = [[who.worth(a) > who.worth(b) for who in people] for people in labelers.team()]
+    assert all(set(team) == {True, False} for team in prefers) and 0.15 < statistics.mean(sum(prefers, [])) < 0.85
+
+
+def test_no_labeler_finds_it_worse_that_a_constraint_is_kept():
+    kept, broken = (labelers.assess(*STORY, f"One day Nora found a red boat.{more} It broke.") for more in ("", " It was lost."))
+    assert all(who.worth(kept) > who.worth(broken) for who in sum(labelers.team(), []))
+
+
+def test_responses_that_a_labeler_finds_less_than_about_a_quarter_apart_are_tied(monkeypatch):
+    someone = labelers.Labeler("someone", random.Random(0))
+    someone.noise = 0
+    monkeypatch.setattr(labelers, "assess", lambda prompt, asks, response: float(response))
+    monkeypatch.setattr(someone, "worth", lambda seen: seen)  # each response says what it is worth
+    assert someone.rank("p", {}, ["2.15", "2.25", "2.35"], 0) == [1, 1, 1]
+    assert someone.rank("p", {}, ["1.88", "2.15", "2.35", "2.62"], 0) == [3, 2, 2, 1]
+
+
+def test_responses_of_equal_worth_are_tied_as_often_as_noise_brings_them_within_a_quarter():
+    """The difference of two noises is normal, with a standard deviation of sqrt(2) times the labeler's. Its density at 0 is
+    1 / (2 sqrt(pi) noise). Two impressions go to the same multiple of 1/4 with about a quarter of that as probability: 8%."""
+    people, wrong = sum(labelers.team(), []), [food for food in KINDS["food"] if food != FACTS["eats", "fox"][0]]
+    said = [f"The fox eats {food}." for food in wrong[:2]]
+    assert labelers.assess(*FACT, said[0]) == labelers.assess(*FACT, said[1])
+    tied = statistics.mean(who.rank(*FACT, said, seed) == [1, 1] for who in people for seed in range(50))
+    assert tied == pytest.approx(statistics.mean(0.25 / (2 * math.pi**0.5 * who.noise) for who in people), rel=0.15)
+
+
+def test_labelers_who_tell_the_truth_more_keep_more_constraints_and_stray_and_slip_less():
+    people = sorted((who.habits for who in sum(labelers.team(), [])), key=lambda habits: habits["truth"])
+    for less, more in zip(people, people[1:]):
+        assert less["truth"] < more["truth"] and less["constraint"] < more["constraint"]
+        assert less["stray"] > more["stray"] and less["slip"] > more["slip"]
+    assert all(0.05 <= habits["warm"] <= 0.55 for habits in people)
+    least, most = ({key: people[i][key] for key in ("truth", "constraint", "stray", "slip")} for i in (0, -1))
+    assert least == pytest.approx(dict(truth=0.45, constraint=0.50, stray=0.55, slip=0.08), abs=0.03)
+    assert most == pytest.approx(dict(truth=0.75, constraint=0.80, stray=0.25, slip=0.02), abs=0.03)
+
+
+def test_the_demonstrations_of_careful_labelers_are_better_than_those_of_careless_ones():
+    people = sorted(sum(labelers.team(), []), key=lambda who: who.habits["truth"])
+    relation, x = next(key for key, (truth, error) in sorted(FACTS.items()) if truth != error)
+    fact, rng, found = (ask(relation, x), {"form": "fact", "relation": relation, "about": x}), random.Random(0), []
+    for who in (people[0], people[-1]):
+        facts = [labelers.assess(*fact, who.demonstrate(fact[1], rng)) for _ in range(1000)]
+        lists = [labelers.assess(*LIST, who.demonstrate(LIST[1], rng)) for _ in range(1000)]
+        found.append([
+            statistics.mean(seen["truth"] for seen in facts),
+            statistics.mean(seen["constraint"] for seen in lists),
+            statistics.mean(seen["focus"] == 0 for seen in facts),  # strays
+            statistics.mean(seen["content"] < 1 for seen in lists),  # slips: one item twice
+        ])
+    careless, careful = found
+    assert careless == pytest.approx([0.45, 0.50, 0.55, 0.08], abs=0.08)
+    assert careful == pytest.approx([0.75, 0.80, 0.25, 0.02], abs=0.08) and careful[3] < careless[3]
 
 
 def test_true_worth_is_higher_the_more_is_right():
