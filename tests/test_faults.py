@@ -533,7 +533,7 @@ def test_a_rank_that_reads_late_goes_on_from_the_same_file_as_the_others(letters
     assert (folder / "resume.damaged").exists() and not (folder / "resume.pt").exists()
 
 
-def test_ranks_that_find_different_resume_files_all_refuse_to_go_on(letters, every_step):
+def test_ranks_that_find_different_resume_files_all_refuse_to_go_on(letters, every_step):  # pitfall 48
     config = killed_at(letters, "sft", "one", 2)
     for name in ("nothing", "damaged"):
         (letters.out / name).mkdir()

@@ -326,13 +326,14 @@ def test_generation_with_a_cache_says_what_a_loop_without_one_says(temperature):
         assert temperature == 0 or len(set(map(len, said))) > 2  # rows ended at different times
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_logits_that_tokens_are_sampled_from_are_those_that_scoring_sees(dtype, bound, monkeypatch):  # pitfalls 22, 23
-    model, seen = random_gpt(dtype=dtype, seed=3), []
+    model, seen = random_gpt(dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=3), []
     monkeypatch.setattr(model_module, "pick", lambda logits, *rest: seen.append(logits) or pick(logits, *rest))
     prompt = [1, 2, 3]
-    (said,) = generate(model, [prompt], 40, torch.rand(1, 40, generator=torch.Generator().manual_seed(5)))
-    full = model(torch.tensor([prompt + said]))[0, 2:-1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        (said,) = generate(model, [prompt], 40, torch.rand(1, 40, generator=torch.Generator().manual_seed(5)))
+        full = model(torch.tensor([prompt + said]))[0, 2:-1]
     assert len(said) > 3
     torch.testing.assert_close(torch.cat(seen), full, rtol=0, atol=bound)
 

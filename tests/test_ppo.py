@@ -346,7 +346,7 @@ def test_advantages_are_whitened_over_the_whole_batch_and_returns_are_not(letter
         assert all((e.advantages[~e.mask] == 0).all() for e in batch)
 
 
-def test_logged_numbers_are_means_over_the_batch_an_episode_or_a_token(letters, batches):  # pitfall 18
+def test_logged_numbers_are_means_over_the_batch_an_episode_or_a_token(letters, batches):  # pitfalls 18, 33
     ppo.main(letters.ppo(lr=1e-2))
     for line, batch in zip(read_log(letters.out / "ppo"), batches):
         rows = [(e, i, len(r)) for e in batch for i, r in enumerate(e.responses)]

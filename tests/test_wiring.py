@@ -236,7 +236,7 @@ def turned(table):
 
 # ---------------------------------------------------------------- who speaks
 
-def test_each_model_answers_each_test_prompt_once_and_sft_twice(either):
+def test_each_model_answers_each_test_prompt_once_and_sft_twice(either):  # pitfall 47
     """Twice for the baseline. These weights, these prompts, and no others."""
     expected = Counter((run, prompt) for name, run in either.runs.items() for prompt in questions(either, name))
     expected.update(("sft", r["prompt"]) for r in either.records)
@@ -244,7 +244,7 @@ def test_each_model_answers_each_test_prompt_once_and_sft_twice(either):
     assert {key: len(calls) for key, calls in either.asked.items() if key[1] not in elsewhere} == expected
 
 
-def test_sft_and_its_baseline_are_samples_of_different_random_numbers(either):
+def test_sft_and_its_baseline_are_samples_of_different_random_numbers(either):  # pitfall 46
     for r in either.records:
         ours, theirs = either.asked["sft", r["prompt"]]
         assert ours.numbers != theirs.numbers
