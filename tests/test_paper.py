@@ -530,7 +530,7 @@ def make(tmp_path):
 
     def run(fail="no such command", *more):
         commands.write_text("")
-        done = subprocess.run(["make", "paper", f"OUT={tmp_path}/out", f"DATA={tmp_path}/data", f"RUN={stub}", *more], cwd=ROOT,
+        done = subprocess.run(["make", "paper", "-o", ".venv/installed", f"OUT={tmp_path}/out", f"DATA={tmp_path}/data", f"RUN={stub}", *more], cwd=ROOT,
                               env={**os.environ, "FAIL": fail, "COMMANDS": str(commands)}, capture_output=True, text=True)
         return done, commands.read_text().splitlines()
     return run
