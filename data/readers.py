@@ -204,9 +204,9 @@ class PretrainingText:
         return [(row[:1], row[1:]) for row in rows]
 
     def draw(self, count, seed, stage, step, pool=32):
-        """`count` row indices for a step of a stage; stages draw independently. Each run of `pool` steps shares out one draw of rows so that a step's rows
-        are of similar length, in an order of steps that is shuffled: little padding, no pattern. No row comes twice in a
-        pass over them; those that fill no pool are left out of it."""
+        """`count` row indices for a step of a stage; no two stages draw the same. Each run of `pool` steps shares out one draw
+        of rows so that a step's rows are of similar length, in an order of steps that is shuffled: little padding, no
+        pattern. No row comes twice in a pass over them; those that fill no pool are left out of it."""
         per_pass = max(1, len(self.rows) // (count * pool))  # pools in one pass over the rows
         shuffled = torch.randperm(len(self.rows), generator=generator(seed, f"{stage}: pretraining pass", step // pool // per_pass))
         start = step // pool % per_pass * count * pool

@@ -530,8 +530,9 @@ def make(tmp_path):
 
     def run(fail="no such command", *more):
         commands.write_text("")
-        done = subprocess.run(["make", "paper", "-o", ".venv/installed", f"OUT={tmp_path}/out", f"DATA={tmp_path}/data", f"RUN={stub}", *more], cwd=ROOT,
-                              env={**os.environ, "FAIL": fail, "COMMANDS": str(commands)}, capture_output=True, text=True)
+        done = subprocess.run(["make", "paper", "-o", ".venv/installed", f"OUT={tmp_path}/out", f"DATA={tmp_path}/data",
+                               f"RUN={stub}", *more], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "FAIL": fail, "COMMANDS": str(commands)})
         return done, commands.read_text().splitlines()
     return run
 
