@@ -546,15 +546,15 @@ class Run:
         before, model, log = (self.folder / name for name in ("before", "model.pt", "log.jsonl"))
         for path in self.folder.glob("resume*.pt"):
             path.unlink()
-        epochs = [*self.folder.glob("epoch*.pt"), *self.folder.glob("iteration*.pt")]
+        others = [path for name in ("epoch*.pt", "iteration*.pt", "value.pt") for path in self.folder.glob(name)]
         if not model.is_file():
-            for path in epochs:
+            for path in others:
                 path.unlink()
             return
         if log.is_file() and before.is_dir():  # nothing is moved yet: what is there is of a still older run
             shutil.rmtree(before)
         before.mkdir(exist_ok=True)
-        for path in (log, self.folder / "samples.txt", *epochs, model):
+        for path in (log, self.folder / "samples.txt", *others, model):
             if path.is_file():
                 os.replace(path, before / path.name)
         print(f"{self.folder}: the finished run that was here is kept in {before} until this one is finished")

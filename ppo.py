@@ -337,6 +337,7 @@ def main(config):
             run.samples("\n".join(f"[{iteration}] score {e.scores[j]:.2f}, KL {kl[j]:.2f}: {tokenizer.decode(e.prompts[j])}|"
                                   f"{tokenizer.decode(e.responses[j])}" for j in range(min(2, len(e.prompts)))))
         run.checkpoint(iteration + 1, **parts)
+    run.save_model(value_model, config.data, "value.pt", tokenizer=tokenizer.fingerprint)  # for sample.py
     run.save_model(ema, config.data, tokenizer=tokenizer.fingerprint)
     run.finish()
 

@@ -3,6 +3,7 @@
     python report.py --out out                      # evaluate.py calls it at its end
 """
 
+import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,29 @@ def draw(results, out):
                 axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False)
         save(figure, "training")
+
+
+# ---------------------------------------------------------------- one response, token by token
+
+STYLE = """body { font: 16px/1.6 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
+pre, .response { white-space: pre-wrap; background: #f4f4f4; padding: 0.6em; border-radius: 4px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: 0.1em 0.7em; text-align: right }"""
+
+
+def token_page(path, prompt, texts, table):
+    """Write a page without scripts: the response, each token colored by its advantage, and {column: a number per token}."""
+    largest = max(map(abs, table["advantage"])) or 1.0
+    spans, rows = [], ["<tr><th>token</th>" + "".join(f"<th>{name}</th>" for name in table) + "</tr>"]
+    for i, text in enumerate(texts):
+        advantage = table["advantage"][i]
+        color = f"rgba({'0,140,60' if advantage > 0 else '200,0,0'},{0.6 * abs(advantage) / largest:.2f})"
+        spans.append(f'<span style="background:{color}" title="advantage {advantage:.3f}">{html.escape(text)}</span>')
+        numbers = "".join(f"<td>{column[i]:.3f}</td>" for column in table.values())
+        rows.append(f'<tr><td style="background:{color}"><code>{html.escape(repr(text))}</code></td>{numbers}</tr>')
+    page = (f'<!doctype html><meta charset="utf-8"><title>A response, token by token</title><style>{STYLE}</style>'
+            f'<h1>A response, token by token</h1><pre>{html.escape(prompt)}</pre><div class="response">{"".join(spans)}</div>'
+            f'<p>Color: the advantage, green above 0, red below.</p><table>{"".join(rows)}</table>')
+    common.write_atomically(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
 
 
 def main(config):

@@ -235,7 +235,7 @@ TEXTS = ["", "1 = 1", " a list - of one", "a\t=1", "'=1", '"=1"', "a,=1", "(=1)"
 
 def test_no_text_is_a_formula_to_a_spreadsheet_and_answers_are_read_all_the_same(tmp_path):
     path, texts = tmp_path / "pairs.csv", FORMULAS + TEXTS
-    records, responses = [{"prompt": text} for text in texts], {"PPO": texts, "SFT": [], evaluate.BASELINE: texts[::-1]}
+    records, responses = [{"prompt": text, "user": "u"} for text in texts], {"PPO": texts, "SFT": [], evaluate.BASELINE: texts[::-1]}
     rows, sides = pairs.draw(records, responses, "SFT", evaluate.BASELINE, len(texts), 0)
     pairs.write(path, rows, sides, {})
     wrote = fill_in(path, lambda row: "first")
@@ -243,7 +243,7 @@ def test_no_text_is_a_formula_to_a_spreadsheet_and_answers_are_read_all_the_same
     for row, before in zip(wrote, rows):
         assert row == [("'" if text in FORMULAS else "") + text for text in before]
     wins = pairs.read(path, evaluate.BASELINE, {})["PPO"]
-    assert sum(wins) == sum(first == "PPO" for first, _ in sides.values()) and len(wins) == len(texts)
+    assert sum(won for won, _ in wins) == sum(first == "PPO" for first, _ in sides.values()) and len(wins) == len(texts)
 
 
 @pytest.fixture
