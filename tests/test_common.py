@@ -437,8 +437,8 @@ PAPER = {  # C.1 to C.4 of the paper, and GPT-2's recipe, which takes over what 
     "data/paper.ppo.args": (ppo, dict(iterations=500, batch_size=512, minibatch_size=64, value_lr=9e-6, beta=0.02, ptx_coef=27.8,
                                       ptx_rows=8, truncation_penalty=0, max_new_tokens=1023)),
     "data/oasst/sft.args": (sft, dict(epochs=4, batch_size=32, dropout=0.2, lr=2e-5, pretrain_mix=0.1)),
-    "data/oasst/reward.args": (reward, dict(epochs=1, batch_size=64, lr=9e-6)),
-    "data/oasst/ppo.args": (ppo, dict(iterations=500, batch_size=128, minibatch_size=32, lr=9.65e-6, value_lr=9e-6, beta=0.02,
+    "data/oasst/reward.args": (reward, dict(epochs=1, batch_size=64, lr=4.5e-5)),
+    "data/oasst/ppo.args": (ppo, dict(iterations=500, batch_size=128, minibatch_size=32, lr=9.65e-6, value_lr=4.5e-5, beta=0.02,
                                       ptx_coef=27.8, ptx_rows=1, max_new_tokens=256)),
 }
 

@@ -243,7 +243,7 @@ def test_no_text_is_a_formula_to_a_spreadsheet_and_answers_are_read_all_the_same
     for row, before in zip(wrote, rows):
         assert row == [("'" if text in FORMULAS else "") + text for text in before]
     wins = pairs.read(path, evaluate.BASELINE, {})["PPO"]
-    assert sum(won for won, _ in wins) == sum(first == "PPO" for first, _ in sides.values()) and len(wins) == len(texts)
+    assert sum(won for won, _ in wins) == sum(side[0] == "PPO" for side in sides.values()) and len(wins) == len(texts)
 
 
 @pytest.fixture
