@@ -1,6 +1,7 @@
 # Figure 2 of the paper as targets: each stage depends on the checkpoint that it starts from.
 # `make` trains everything on the built-in world and writes out/report.md; `make paper` goes on with the paper's experiments;
-# `make test` runs the tests; `make bench` measures speed and memory beside others. Each sets up .venv first.
+# `make test` runs the tests, `make lint` checks the style; `make bench` measures speed and memory beside others. Each sets
+# up .venv first.
 # PYTHON=python3.12 make ... chooses another Python (3.11 or newer).
 
 PYTHON ?= python3
@@ -57,7 +58,13 @@ $(OUT)/report.md: $(OUT)/ppo/model.pt $(OUT)/ppo_noptx/model.pt
 include paper/experiments.mk
 
 test: .venv/tests-installed
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n 2 tests
+
+# Lines of teaching code have at most 100 columns, all others 150 (pyproject.toml).
+TEACHING = model.py sft.py reward.py ppo.py
+lint: .venv/tests-installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff check --select E501 --line-length 100 $(TEACHING)
 
 bench: .venv/bench-installed
 	$(RUN) tests/bench.py
@@ -80,4 +87,4 @@ bench: .venv/bench-installed
 clean:
 	rm -rf $(OUT) $(DATA)/*.bin $(DATA)/*.jsonl $(DATA)/*.part $(DATA)/tokenizer.json
 
-.PHONY: report data base sft comparisons reward ppo paper runs test bench clean
+.PHONY: report data base sft comparisons reward ppo paper runs test lint bench clean
