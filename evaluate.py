@@ -1,473 +1,297 @@
-"""Section 4 of the paper: who prefers what, the metadata, the reward model, the alignment tax.
+"""Section 4 of the paper: which models are preferred, the metadata, the reward model, the alignment tax.
 
     python evaluate.py                              # writes out/report.md, out/report.json, out/figures/
     torchrun --nproc_per_node=8 evaluate.py
     python evaluate.py --data data/oasst --out out/oasst --judge out/oasst/judge/model.pt --base gpt2
 
-Test prompts are of customers whose prompts stages 1 to 3 never saw (the web may hold the same words). In the built-in world
-labelers are programs: those who wrote training data, and held-out ones. On real data nobody is at hand: a reward model
-that trained no policy judges (--judge), and pairs.csv is written out for people. Every interval is 95%, mean +- 1.96
-standard errors. Numbers of one customer, or of tasks that ask about one thing, are not independent: errors are over customers
-and over such groups of tasks. report.py makes tables and figures of the results.
+All models (paper/models.py) respond to the same test prompts, of customers whose prompts were in no training data.
+Judges (data/judges.py) compare each response with the baseline's: another sample of the SFT model. In the built-in
+world the judges are simulated labelers: those who wrote training data, and held-out ones. On real data a reward model
+that trained no policy judges (--judge), and pairs.csv is written for people.
+
+Every interval is a 95% interval, mean +- 1.96 standard errors. Responses to one customer, and tasks on one context,
+are not independent: standard errors are over customers, contexts and documents. paper/tables.py makes tables and
+figures of the results.
 """
 
-import hashlib
 import json
 import random
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import common
-import report
-from common import Machine, Ranks, UserError
-from data import download, pairs, readers
-from data.tinyworld import labelers, web
+from common import download
+from common.config import check, launch
+from common.files import write_atomically
+from common.run import load_model
+from common.runtime import Runtime, RuntimeConfig
+from common.seeds import generator
+from data import pairs, readers
+from data.judges import TEAMS, People, RewardModelJudge, check_heads, score_responses
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel, generate
+from paper import tables, tasks
+from paper.models import BASELINE, MODELS
+from paper.stats import mean_and_error, pair_accuracy, ratio
 
 
 @dataclass(frozen=True)
 class Config:
     data: str = "data/tinyworld"  # the dataset's folder
-    out: str = "out"  # where the stages' runs are, and the report goes
+    out: str = "out"  # the folder of the stages' runs; the report is written there
     prompts: int = 2000  # test prompts
-    judges: int = 3  # labelers of each kind who compare two responses to a prompt (built-in world)
-    judge: str = ""  # a reward model that no policy was trained on, in the labelers' place
+    judges: int = 3  # labelers of each team who compare two responses to a prompt (built-in world)
+    judge: str = ""  # a reward model that trained no policy, as judge instead of labelers
     base: str = ""  # GPT-2's weights for the model GPT, by name or path, instead of out/base/model.pt
-    pairs: int = 100  # pairs of each model with SFT that are written out for people to judge (real data)
+    pairs: int = 100  # pairs per model that are written out for people to judge (real data)
     max_new_tokens: int = 48  # the longest response
     batch_size: int = 128  # responses sampled at a time
-    seed: int = 0  # of the samples, of who judges, of the order of presentation
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    seed: int = 0  # of the samples, the choice of labelers, the order of presentation
+    device: str = "auto"  # cpu, cuda, or auto: cuda if available
 
     def __post_init__(self):
-        if min(self.prompts, self.judges, self.max_new_tokens, self.batch_size) < 1 or self.pairs < 0:
-            raise ValueError("every size is at least 1, --pairs at least 0")
-        if self.judges > min(map(len, labelers.team())):
-            raise ValueError(f"--judges {self.judges} are more than there are")
+        check(min(self.prompts, self.judges, self.max_new_tokens, self.batch_size) >= 1 and self.pairs >= 0,
+              "every size is at least 1, --pairs at least 0")
 
 
-MODELS = report.MODELS
-RUNS = {"GPT": "base", "SFT": "sft", "PPO": "ppo_noptx", "PPO-ptx": "ppo"}  # folders below out
-BASELINE = "SFT baseline"  # another sample of the SFT model, which everything is compared with
-NEXT_WORD = "next word"  # the zero-shot task on held-out pages of the web
-TEAMS = ("training labelers", "held-out labelers")
+def main(config):
+    runtime = Runtime(RuntimeConfig(device=config.device))
+    tokenizer = Tokenizer.load(config.data)
+    world = built_in_world(config)
+    records, validation_records = load_prompts(config, world)
+    models = load_models(config, tokenizer, runtime, world)
+    reward_models = load_reward_models(config, tokenizer, runtime)
+    check_inputs(config, models, world)
+    fingerprints = {name: pairs.fingerprint(models[name]) for name in models}
+    answers = {} if world else pairs.read(f"{config.out}/pairs.csv", BASELINE, fingerprints)
+
+    responses = sample_responses(models | {BASELINE: models["SFT"]}, records, "test", config, tokenizer, runtime, world)
+    scores = score_all(reward_models, records, responses, tokenizer, runtime)
+    judges = make_judges(config, world, records, responses, scores, answers)
+    results = {
+        "prompts": len(records),
+        "customers": len({record["user"] for record in records}),
+        "world": world is not None,
+        "preference": preferences(judges, models, records, responses),
+        "reward model": reward_model_accuracy(reward_models, config, tokenizer, runtime, world),
+        "scores": mean_scores(scores, world, models, records, responses),
+        "zero-shot": tasks.alignment_tax(models, config, tokenizer, runtime),
+        "sft epochs": sft_epochs(reward_models["reward model"], validation_records, config, tokenizer, runtime),
+        "safety": tasks.SAFETY,
+        "runs": {entry.name: entry.run for entry in MODELS if entry.ppo_log and entry.name in models},
+        "samples": samples(records, responses, models, config),
+        "config": asdict(config),
+    }
+    if world:
+        results["metadata"] = world.metadata_rates(models, records, responses)
+    if runtime.is_main:
+        if not world and not answers:
+            pairs.write_new(f"{config.out}/pairs.csv", config.pairs, records, responses, "SFT", BASELINE, config.seed,
+                            fingerprints)
+        text = json.dumps(results, indent=1)
+        write_atomically(Path(config.out) / "report.json", lambda path: path.write_text(text))
+        tables.main(tables.Config(out=config.out))
 
 
-# ---------------------------------------------------------------- measures
+# ---------------------------------------------------------------- prompts and models
 
-def ratio(counts, groups=None):
-    """counts: (pairs, right) of each item; groups: whose it is -> (right / pairs, half the width of its 95% interval, pairs).
-
-    Items of one group are not independent, so the error is over the groups' totals (a ratio estimator, as groups differ in
-    size): saying everything twice changes nothing. Without `groups` each item is a group of its own."""
-    totals = defaultdict(lambda: (0, 0.0))
-    for (n, r), group in zip(counts, range(len(counts)) if groups is None else groups, strict=True):
-        if n:
-            totals[group] = totals[group][0] + n, totals[group][1] + r
-    pairs, m = sum(n for n, _ in totals.values()), len(totals)
-    if not pairs:
-        return None, None, 0
-    share = sum(r for _, r in totals.values()) / pairs
-    variance = sum((r - share * n) ** 2 for n, r in totals.values()) / max(1, m - 1) / m / (pairs / m) ** 2
-    return share, 1.96 * variance ** 0.5, pairs
+def built_in_world(config):
+    """What only the built-in world can measure, as a module; None for real data, or if a reward model is the judge."""
+    if config.judge or "asks" not in readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "prompts")[0]:
+        return None
+    from data.tinyworld import evaluation
+    return evaluation
 
 
-def mean_and_error(numbers, groups=None):
-    """-> (mean, half the width of its 95% interval, how many); groups as in `ratio`."""
-    return ratio([(1, x) for x in numbers], groups)
+def load_prompts(config, world):
+    """Records of test prompts and of validation prompts."""
+    kind = "requests" if world else "prompts"
+    test, validation = (readers.read_jsonl(f"{config.data}/prompts.{split}.jsonl", kind) for split in ("test", "valid"))
+    return test[: config.prompts], validation[:300]
 
 
-def compare(judge, prompt, asks, ours, theirs, rng):
-    """How much of a win ours is over theirs: 1, 0 or, for a tie, 1/2. Which of them the judge reads first is a coin's
-    choice: a judge that always takes the first gives 50% in the long run."""
-    swap = rng.random() < 0.5
-    first, second = judge(prompt, asks, [theirs, ours] if swap else [ours, theirs])
-    won = 0.5 if first == second else float(first > second)
-    return 1 - won if swap else won
-
-
-def win_rates(records, ours, theirs, team, judges, seed):
-    """One number a prompt: the mean over `judges` labelers of the team, drawn for the prompt, of `compare`."""
-    result = []
-    for record, a, b in zip(records, ours, theirs):
-        rng = random.Random(f"{seed}/judges/{record['prompt']}")
-        votes = [compare(lambda *x, who=who: who.impressions(*x, seed="evaluation"), record["prompt"], record["asks"],
-                         a, b, rng) for who in rng.sample(team, judges)]
-        result.append(sum(votes) / judges)
-    return result
-
-
-def pair_accuracy(numbers, ranks):
-    """Over the pairs that the ranks do not tie: (how many, how many `numbers` order as the ranks do; ties count half)."""
-    pairs = right = 0
-    for i in range(len(ranks)):
-        for j in range(len(ranks)):
-            if ranks[i] < ranks[j]:
-                pairs += 1
-                right += 0.5 if numbers[i] == numbers[j] else numbers[i] > numbers[j]
-    return pairs, right
-
-
-def distinct(tasks):
-    """Each task once, however often it was drawn."""
-    return list({(task["task"], task["context"], task.get("target"), *task.get("choices", ())): task for task in tasks}.values())
-
-
-@torch.no_grad()
-def choice_logprobs(model, tasks, tokenizer, device):
-    """For each task with choices, the log-probability of each as the continuation, summed over its tokens."""
-    rows = [(tokenizer.encode(task["context"]), tokenizer.encode(choice), (i, c))
-            for i, task in enumerate(tasks) for c, choice in enumerate(task["choices"])]
-    rows.sort(key=readers.length)  # rows of like length together: little padding
-    scores = {}  # (task, choice) -> summed log-probability
-    for first in range(0, len(rows), 256):
-        chosen = rows[first : first + 256]
-        tokens, where = readers.batch_of([row[:2] for row in chosen], tokenizer.end_of_text, device)
-        logprobs = model(tokens, where)  # (N,)
-        for row, part in zip(chosen, logprobs.split([len(row[1]) for row in chosen])):
-            scores[row[2]] = part.sum().item()
-    return [[scores[i, c] for c in range(len(task["choices"]))] for i, task in enumerate(tasks)]
-
-
-def first_lines(model, tasks, tokenizer):
-    """What greedy decoding says on each task's context, up to the end of the line."""
-    longest = max(len(tokenizer.encode(task["target"])) for task in tasks) + 4
-    contexts, lines = [tokenizer.encode(task["context"]) for task in tasks], []
-    for i in range(0, len(tasks), 256):
-        chosen = contexts[i : i + 256]
-        said = generate(model, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
-        lines += [tokenizer.decode(ids).split("\n")[0] for ids in said]
-    return lines
-
-
-def answer_tasks(model, tasks, tokenizer, device):
-    """Zero-shot: 1 or 0 for each task. With choices: is the right one the likeliest? With a target: is it, exactly, the
-    line that greedy decoding goes on with?"""
-    right = [0.0] * len(tasks)
-    with_choices = [i for i, task in enumerate(tasks) if task.get("choices")]
-    for i, logprobs in zip(with_choices, choice_logprobs(model, [tasks[i] for i in with_choices], tokenizer, device)):
-        right[i] = float(logprobs.index(max(logprobs)) == tasks[i]["answer"])
-    with_target = [i for i, task in enumerate(tasks) if not task.get("choices")]
-    if with_target:
-        for i, line in zip(with_target, first_lines(model, [tasks[i] for i in with_target], tokenizer)):
-            right[i] = float(line.strip() == tasks[i]["target"].strip())
-    return right
-
-
-@torch.no_grad()
-def next_words(model, pages, tokenizer, device):
-    """As LAMBADA, but for every word: of each page, given as a (context, target) pair, the share of target tokens that
-    are the likeliest after those before them."""
-    shares, longest = [], max((len(page[1]) for page in pages), default=0)
-    batch = max(1, min(100, 2**28 // max(1, longest * tokenizer.vocab_size)))  # pages whose logits take a gigabyte at most
-    for first in range(0, len(pages), batch):
-        tokens, where = readers.batch_of(pages[first : first + batch], tokenizer.end_of_text, device)
-        right = model.unembed(model.hidden(tokens)[where]).argmax(-1) == tokens.roll(-1, dims=1)[where]  # (N,)
-        shares += [part.float().mean().item() for part in right.split(where.sum(1).tolist())]
-    return shares
-
-
-@torch.no_grad()
-def score(model, records, responses, tokenizer, device):
-    """The reward model's score of each response, at its end of text."""
-    episodes = []
-    for r, text in zip(records, responses):
-        prompt, response = readers.episode(r["prompt"], text, tokenizer)
-        room = model.config.context - len(prompt) - 1  # broken characters can outgrow it, read back
-        episodes.append((prompt, response[:-1][:room] + response[-1:]))
-    result = [0.0] * len(episodes)
-    order = sorted(range(len(episodes)), key=lambda i: readers.length(episodes[i]))
-    for first in range(0, len(order), 128):
-        chosen = order[first : first + 128]
-        scores = readers.last_scores(model, [episodes[i] for i in chosen], tokenizer.end_of_text, device)
-        for i, x in zip(chosen, scores.tolist()):
-            result[i] = x
-    return result
-
-
-# ---------------------------------------------------------------- what is measured of what
-
-def load_models(config, tokenizer, ranks, world):
-    """-> {name: model} of RUNS. In the built-in world all must be there; on real data what was not trained is left out."""
-    models = {}
-    for name, run in RUNS.items():
-        path = f"{config.out}/{run}/model.pt"
-        if name == "GPT" and config.base:
-            path = ranks.first(lambda: download.weights(config.base, tokenizer))
-        if not world and name != "SFT" and not Path(path).exists():
-            if ranks.main:
-                print(f"{path} is not there: {name} is left out")
-        else:
-            models[name] = common.load_model(GPT, path, f"make {run.split('_')[0]}", tokenizer).to(ranks.device).eval()
+def load_models(config, tokenizer, runtime, world):
+    """{name: model} of MODELS. In the built-in world all must exist; on real data those not trained are left out."""
+    models, loaded = {}, {}
+    for entry in MODELS:
+        if entry.few_shot and not world:  # the examples are the built-in world's
+            continue
+        if entry.run not in loaded:
+            loaded[entry.run] = load_policy(entry, config, tokenizer, runtime, world)
+        if loaded[entry.run] is not None:
+            models[entry.name] = loaded[entry.run]
     return models
 
 
-def respond(speakers, records, split, config, tokenizer, ranks):
+def load_policy(entry, config, tokenizer, runtime, world):
+    path = f"{config.out}/{entry.run}/model.pt"
+    if entry.name == "GPT" and config.base:
+        path = runtime.once_per_machine(lambda: download.weights(config.base, tokenizer))
+    if not world and entry.name != "SFT" and not Path(path).exists():
+        if runtime.is_main:
+            print(f"{path} is not there: {entry.name} is left out")
+        return None
+    return runtime.place(load_model(GPT, path, tables.made_by(entry.run), tokenizer)).eval()
+
+
+def load_reward_models(config, tokenizer, runtime):
+    """{"reward model": the one that trained the policies}, and "judge", if any: another one."""
+    def load(path, made_by):
+        return runtime.place(load_model(ScalarModel, path, made_by, tokenizer)).eval()
+
+    path = f"{config.out}/reward/model.pt"
+    reward_models = {"reward model": load(path, "make reward")}
+    if config.judge:
+        reward_models["judge"] = load(config.judge, "reward.py")
+        check_heads(config.judge, path)
+    return reward_models
+
+
+def check_inputs(config, models, world):
+    """UserError if something is missing that is read only after minutes of sampling."""
+    if world:
+        world.check_judges(config.judges)
+        readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged")
+        readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks")
+    for entry in MODELS:
+        if entry.run != "base" and entry.name in models:
+            tables.read_log(config.out, entry.run)
+
+
+# ---------------------------------------------------------------- responses, scores and judges
+
+def sample_responses(models, records, split, config, tokenizer, runtime, world=None):
     """{name: one response at temperature 1 to each record's prompt} for {name: model}; ranks share the batches."""
+    few_shot = {entry.name for entry in MODELS if entry.few_shot}
     prompts = {}
-    for name, model in speakers.items():
-        texts = [web.with_prefix(r["prompt"]) if name == "GPT prompted" else r["prompt"] for r in records]
-        prompts[name] = readers.encode_prompts([{"prompt": t} for t in texts], tokenizer, model.config.context -
-                                               config.max_new_tokens - 1, f"{config.data}/prompts.{split}.jsonl")
-    batches = [(name, i) for name in speakers for i in range(-(-len(records) // config.batch_size))]
-    bar = tqdm(total=len(batches), desc="sampling", disable=not ranks.main)
+    for name, model in models.items():
+        texts = [world.with_prefix(r["prompt"]) if name in few_shot else r["prompt"] for r in records]
+        prompts[name] = readers.encode_prompts(
+            [{"prompt": text} for text in texts], tokenizer, model.config.context - config.max_new_tokens - 1,
+            f"{config.data}/prompts.{split}.jsonl")
+    jobs = [(name, i) for name in models for i in range(-(-len(records) // config.batch_size))]
+    bar = tqdm(total=len(jobs), desc="sampling", disable=not runtime.is_main)
 
     def sample(job):
-        name, i = batches[job]
-        chosen = prompts[name][i * config.batch_size : (i + 1) * config.batch_size]
-        numbers = common.generator(config.seed, f"respond {name}", i)
-        uniforms = torch.rand(len(chosen), config.max_new_tokens, generator=numbers)
-        with ranks.autocast():
-            said = generate(speakers[name], chosen, config.max_new_tokens, uniforms)
-        bar.update(ranks.size)
-        return [tokenizer.decode(r) for r in said]
+        name, i = jobs[job]
+        batch = prompts[name][i * config.batch_size : (i + 1) * config.batch_size]
+        uniforms = torch.rand(len(batch), config.max_new_tokens,
+                              generator=generator(config.seed, f"respond {name}", i))
+        with runtime.sampling(models[name]):
+            token_ids = generate(models[name], batch, config.max_new_tokens, uniforms)
+        bar.update(runtime.world_size)
+        texts = [tokenizer.decode(ids) for ids in token_ids]
+        return [world.reply_in(text) for text in texts] if name in few_shot else texts
 
-    responses = {name: [] for name in speakers}
-    for (name, _), said in zip(batches, ranks.spread(len(batches), sample)):
-        responses[name] += [web.reply_in(text) for text in said] if name == "GPT prompted" else said
+    responses = {name: [] for name in models}
+    for (name, _), texts in zip(jobs, runtime.distribute(len(jobs), sample)):
+        responses[name] += texts
     bar.close()
     return responses
 
 
-def asked_labelers(records, responses, config):
-    """{model: {team: (win rate over SFT, error, n)}}, by the labelers of the built-in world."""
-    teams, users = dict(zip(TEAMS, labelers.team())), [r["user"] for r in records]
-    return {name: {team: mean_and_error(win_rates(records, responses[name], responses[BASELINE], people,
-                                                  config.judges, config.seed), users) for team, people in teams.items()}
-            for name in responses if name != BASELINE}
+def score_all(reward_models, records, responses, tokenizer, runtime):
+    """{reward model: {model: the score of each of its responses}}; ranks share the models."""
+    jobs = [(judge, name) for judge in reward_models for name in responses]
+
+    def score(job):
+        judge, name = jobs[job]
+        with runtime.autocast():
+            return score_responses(reward_models[judge], records, responses[name], tokenizer, runtime.device)
+
+    scores = {judge: {} for judge in reward_models}
+    for (judge, name), numbers in zip(jobs, runtime.distribute(len(jobs), score)):
+        scores[judge][name] = numbers
+    return scores
 
 
-def asked_model(scores, users):
-    """{model: (win rate over SFT, error, n)}, by a reward model's {model: scores}; equal scores are half a win."""
-    wins = {name: [(a > b) + 0.5 * (a == b) for a, b in zip(scores[name], scores[BASELINE])] for name in scores}
-    return {name: mean_and_error(wins[name], users) for name in wins if name != BASELINE}
+def make_judges(config, world, records, responses, scores, answers):
+    """Those who compare responses: each has a name and compare(prompt, a, b), see data/judges.py."""
+    judges = world.judges(records, config.judges, config.seed) if world else []
+    if config.judge:
+        judges.append(RewardModelJudge(records, responses, scores["judge"]))
+    judges.append(People(answers))
+    return judges
 
 
-def metadata_rates(records, responses):
-    """{rate: {model: (mean, error, n)}}, the four of Figure 4. A rate counts the responses to which it applies."""
-    seen = {name: [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, responses[name])]
-            for name in MODELS}
-    users = [r["user"] for r in records]
-    return {rate: {name: ratio([(m[rate] is not None, float(m[rate] or 0)) for m in seen[name]], users) for name in MODELS}
-            for rate in seen["SFT"][0]}
+# ---------------------------------------------------------------- the report's numbers: (mean, error, n)
+
+def preferences(judges, names, records, responses):
+    """{model: {judge: win rate over the baseline}}, without the judges who compared nothing."""
+    table = {name: {} for name in names}
+    for name in names:
+        for judge in judges:
+            comparisons = judge.comparisons(name, records, responses, BASELINE)
+            wins = [judge.compare(prompt, a, b) for prompt, _, a, b in comparisons]
+            if wins:
+                table[name][judge.name] = mean_and_error(wins, [user for _, user, _, _ in comparisons])
+    return table
 
 
-def ranked_by_models(models, records, tokenizer, ranks):
-    """For the comparisons on unseen customers' prompts: {who: [(pairs, pairs ordered as the labeler did) a prompt]} of each
-    reward model in {who: model}."""
-    flat = [(r, text) for r in records for text in r["responses"]]
-    shares = {}
-    for who, model in models.items():
-        with ranks.autocast():
-            scores = iter(score(model, [r for r, _ in flat], [text for _, text in flat], tokenizer, ranks.device))
-        shares[who] = [pair_accuracy([next(scores) for _ in r["responses"]], r["ranks"]) for r in records]
-    return shares
+def mean_scores(scores, world, names, records, responses):
+    """{whose scores: {model: their mean}}; in the built-in world also what the average labeler would say."""
+    users = [record["user"] for record in records]
+    table = {f"{judge}'s score": {name: mean_and_error(by_model[name], users) for name in names}
+             for judge, by_model in scores.items()}
+    if world:
+        table["true average preference"] = {
+            name: mean_and_error(list(map(world.true_preference, records, responses[name])), users) for name in names}
+    return table
 
 
-def ranked_by_labelers(records, teams, config):
-    """The same of another labeler of the same kind and of the true average preference, which is the ceiling."""
-    team_of = {labeler.name: team for team, people in teams.items() for labeler in people}
-    shares = {"agreement": [], "ceiling": []}
-    for r in records:
-        if r["labeler"] not in team_of:
-            raise UserError(f"{config.data}/comparisons.valid.jsonl: {r['labeler']} is no labeler of this world")
-        rng = random.Random(f"{config.seed}/agreement/{r['prompt']}")
-        colleague = rng.choice([who for who in teams[team_of[r["labeler"]]] if who.name != r["labeler"]])
-        impressions = colleague.impressions(r["prompt"], r["asks"], r["responses"], "agreement")
-        worth = [labelers.true_worth(r["prompt"], r["asks"], text) for text in r["responses"]]
-        shares["agreement"].append(pair_accuracy(impressions, r["ranks"]))
-        shares["ceiling"].append(pair_accuracy(worth, r["ranks"]))
-    return shares
-
-
-def reward_model_report(models, config, tokenizer, ranks, world):
-    """{whose rankings: {who: (share of pairs ordered alike, error, pairs)}}, on unseen customers' prompts, apart for labelers
-    whose rankings were trained on and for others."""
+def reward_model_accuracy(reward_models, config, tokenizer, runtime, world):
+    """{team: {judge: share of response pairs ordered as the labeler did}} on prompts of unseen customers (3.3), for
+    labelers whose rankings were trained on and for others; in the built-in world also of another labeler."""
     path = f"{config.data}/comparisons.valid.jsonl"
     if not world and not Path(path).is_file():
         return {}
     records = readers.read_jsonl(path, "judged" if world else "comparisons", "make comparisons")
-    shares = ranked_by_models(models, records, tokenizer, ranks)
+    opinions = {}  # {judge: one number per response of each comparison}
+    flat = [(record, text) for record in records for text in record["responses"]]
+    for judge, model in reward_models.items():
+        with runtime.autocast():
+            scores = iter(score_responses(model, *zip(*flat), tokenizer, runtime.device))
+        opinions[judge] = [[next(scores) for _ in record["responses"]] for record in records]
     if world:
-        teams = dict(zip(TEAMS, labelers.team()))
-        shares |= ranked_by_labelers(records, teams, config)
-        trained = {labeler.name for labeler in teams[TEAMS[0]]}
+        opinions |= world.labeler_opinions(records, path, config.seed)
+        trained_on = world.training_labelers()
     else:
-        trained = {r["labeler"] for r in readers.read_jsonl(f"{config.data}/comparisons.train.jsonl", "comparisons")}
-    result = {}
-    for team, inside in zip(TEAMS, (True, False)):
-        chosen = [i for i, r in enumerate(records) if (r["labeler"] in trained) == inside]
+        training = readers.read_jsonl(f"{config.data}/comparisons.train.jsonl", "comparisons")
+        trained_on = {record["labeler"] for record in training}
+    table = {}
+    for team, is_trained_on in zip(TEAMS, (True, False)):
+        chosen = [i for i, record in enumerate(records) if (record["labeler"] in trained_on) == is_trained_on]
+        users = [records[i].get("user", records[i]["prompt"]) for i in chosen]  # without a user: each prompt is a group
         if world or chosen:
-            users = [records[i].get("user", records[i]["prompt"]) for i in chosen]  # nobody's prompt stands for itself
-            result[team] = {who: ratio([counts[i] for i in chosen], users) for who, counts in shares.items()}
-    return result
+            table[team] = {judge: ratio([pair_accuracy(numbers[i], records[i]["ranks"]) for i in chosen], users)
+                           for judge, numbers in opinions.items()}
+    return table
 
 
-def alignment_tax(models, config, tokenizer, ranks):
-    """Zero-shot accuracy by task and model, and on the abilities together what RL took and the pretraining mix gave
-    back, item by item. The tasks are those of tasks.test.jsonl, each once, and, as another, the next word of
-    pretrain.valid.bin; None if the dataset has neither. Errors are over contexts, which several tasks may share, and over
-    documents, which may be of several pages."""
-    path, text = Path(f"{config.data}/tasks.test.jsonl"), Path(f"{config.data}/pretrain.valid.bin")
-    context = min(model.config.context for model in models.values())
-    tasks = readers.read_jsonl(path, "tasks") if path.is_file() else []
-    for number, task in enumerate(tasks, 1):
-        longest = max(len(tokenizer.encode(text)) for text in task.get("choices") or [task["target"]]) + 4
-        if len(tokenizer.encode(task["context"])) + longest > context:
-            raise UserError(f"{path}:{number}: the task does not fit the context of {context}")
-    tasks, pages, documents = distinct(tasks), [], []
-    if text.is_file():
-        held_out = readers.PretrainingText(text, tokenizer, context)
-        pages, documents = held_out.pairs(range(min(len(held_out), 1000))), held_out.documents[:1000]
-    if not tasks and not pages:
-        return None
-    names = list(models)
-
-    def take(i):
-        with ranks.autocast():
-            return (answer_tasks(models[names[i]], tasks, tokenizer, ranks.device) +
-                    next_words(models[names[i]], pages, tokenizer, ranks.device))
-
-    results = dict(zip(names, ranks.spread(len(names), take)))
-    # Of each item its kind, and what it is about.
-    groups = [(task["task"], task["context"]) for task in tasks] + [(NEXT_WORD, document) for document in documents]
-
-    def over(items, numbers):
-        return mean_and_error([numbers[i] for i in items], [groups[i] for i in items])
-
-    items = {}  # {kind: its items}
-    for i, (kind, _) in enumerate(groups):
-        items.setdefault(kind, []).append(i)
-    items["all abilities"] = able = [i for i, (kind, _) in enumerate(groups) if kind not in web.SAFETY]
-    table = {kind: {name: over(chosen, right) for name, right in results.items()} for kind, chosen in items.items()}
-    compared = (("PPO", "SFT"), ("PPO-ptx", "SFT"), ("PPO-ptx", "PPO"), ("PPO", "GPT"), ("PPO-ptx", "GPT"))
-    changes = {f"{a} - {b}": over(able, [x - y for x, y in zip(results[a], results[b])])
-               for a, b in compared if a in results and b in results}
-    return table, changes
-
-
-def sft_epochs(reward_model, records, config, tokenizer, ranks):
-    """For each epoch's checkpoint: validation loss, and the reward model's score by which to choose (section 3.4)."""
-    rows = []
-    for entry in report.read_log(config.out, "sft"):
-        if "epoch" in entry:
-            name = f"SFT epoch {entry['epoch']}"
-            path = f"{config.out}/sft/epoch{entry['epoch']}.pt"
-            model = common.load_model(GPT, path, "make sft", tokenizer).to(ranks.device).eval()
-            texts = respond({name: model}, records, "valid", config, tokenizer, ranks)[name]
-            with ranks.autocast():
-                scores = score(reward_model, records, texts, tokenizer, ranks.device)
-            rows.append((entry["epoch"], entry["valid_loss"], *mean_and_error(scores, [r["user"] for r in records])[:2]))
+def sft_epochs(reward_model, records, config, tokenizer, runtime):
+    """For each epoch: validation loss, and the reward model's score, by which the paper chooses one (section 3.4)."""
+    rows, users = [], [record["user"] for record in records]
+    for line in tables.read_log(config.out, "sft"):
+        if "epoch" in line:
+            path, name = f"{config.out}/sft/epoch{line['epoch']}.pt", f"SFT epoch {line['epoch']}"
+            model = runtime.place(load_model(GPT, path, "make sft", tokenizer)).eval()
+            texts = sample_responses({name: model}, records, "valid", config, tokenizer, runtime)[name]
+            with runtime.autocast():
+                scores = score_responses(reward_model, records, texts, tokenizer, runtime.device)
+            rows.append((line["epoch"], line["valid_loss"], *mean_and_error(scores, users)[:2]))
     return rows
 
 
-# ---------------------------------------------------------------- the evaluation
-
-def main(config):
-    ranks = Ranks(Machine(device=config.device))
-    tokenizer = Tokenizer.load(config.data)
-    path = f"{config.data}/prompts.test.jsonl"
-    world = not config.judge and "asks" in readers.read_jsonl(path, "prompts")[0]  # its labelers are programs
-    kind = "requests" if world else "prompts"
-    records = readers.read_jsonl(path, kind)[: config.prompts]
-    models = load_models(config, tokenizer, ranks, world)
-    load = lambda path, made_by: common.load_model(ScalarModel, path, made_by, tokenizer).to(ranks.device).eval()
-    reward_models = {"reward model": load(f"{config.out}/reward/model.pt", "make reward")}
-    if config.judge:
-        reward_models["judge"] = load(config.judge, "reward.py")
-        check_judge(config)
-    valid = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", kind)[:300]
-    if world:  # what is missing is said before minutes of sampling
-        readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged")
-        readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks")
-    for name in models:
-        if name != "GPT":
-            report.read_log(config.out, RUNS[name])
-
-    table = Path(config.out) / "pairs.csv"
-    fingerprints = {name: fingerprint(models[name]) for name in models}
-    people = {} if world else pairs.read(table, BASELINE, fingerprints)
-
-    users = [r["user"] for r in records]
-    speakers = {name: models[name] for name in MODELS if name in models}
-    if world:
-        speakers = {name: models["GPT" if name == "GPT prompted" else name] for name in MODELS}
-    responses = respond(speakers | {BASELINE: models["SFT"]}, records, "test", config, tokenizer, ranks)
-    scored = [(who, name) for who in reward_models for name in responses]
-
-    def judge(i):
-        who, name = scored[i]
-        with ranks.autocast():
-            return score(reward_models[who], records, responses[name], tokenizer, ranks.device)
-
-    scores = {who: {} for who in reward_models}
-    for (who, name), numbers in zip(scored, ranks.spread(len(scored), judge)):
-        scores[who][name] = numbers
-    if world:
-        preference = asked_labelers(records, responses, config)
-    else:
-        judged = {"judge": asked_model(scores["judge"], users)} if config.judge else {}
-        judged["people"] = {name: mean_and_error(*zip(*votes)) for name, votes in people.items()}
-        if not people and ranks.main:
-            rows, sides = pairs.draw(records, responses, "SFT", BASELINE, config.pairs, config.seed)
-            pairs.write(table, rows, sides, fingerprints)
-            print(f"{table}: {len(rows)} pairs for people to judge; with answers in its last column, run this again")
-        preference = {name: {who: by[name] for who, by in judged.items() if name in by} for name in speakers}
-    results = {
-        "prompts": len(records), "customers": len({r["user"] for r in records}), "world": world,
-        "preference": preference,
-        "reward model": reward_model_report(reward_models, config, tokenizer, ranks, world),
-        "scores": {f"{who}'s score": {name: mean_and_error(by[name], users) for name in speakers} for who, by in scores.items()},
-        "zero-shot": alignment_tax(models, config, tokenizer, ranks),
-        "sft epochs": sft_epochs(reward_models["reward model"], valid, config, tokenizer, ranks),
-        "safety": list(web.SAFETY),
-        "runs": {name: RUNS[name] for name in models if name.startswith("PPO")},
-        "samples": samples(records, responses, speakers, config),
-        "config": asdict(config),
-    }
-    if world:
-        worth = lambda name: [labelers.true_worth(r["prompt"], r["asks"], text) for r, text in zip(records, responses[name])]
-        results["metadata"] = metadata_rates(records, responses)
-        results["scores"]["true average preference"] = {name: mean_and_error(worth(name), users) for name in speakers}
-    if ranks.main:
-        common.write_atomically(Path(config.out) / "report.json", lambda path: path.write_text(json.dumps(results, indent=1)))
-        report.main(report.Config(out=config.out))
-
-
-def check_judge(config):
-    """UserError where the judge started from the same random head (reward.start_model) as the reward model that trained the
-    policies, or is that model: it would reward whatever of that head the policies have learned."""
-    paths = [config.judge, f"{config.out}/reward/model.pt"]
-    heads = [common.load_checkpoint(path, "reward.py").get("head_seed") for path in paths]
-    for path, head in zip(paths, heads):
-        if head is None:
-            raise UserError(f"{path} does not say which random head it started from; train it again with this reward.py")
-    if heads[0] == heads[1]:
-        raise UserError(f"--judge {config.judge} is the reward model that trained the policies, or started from the same random "
-                        "head; a judge is another one, trained on other comparisons")
-
-
-def fingerprint(model):
-    """Tells the weights of two models apart."""
-    total = hashlib.sha256()
-    for weight in model.state_dict().values():
-        total.update(weight.cpu().numpy().tobytes())
-    return total.hexdigest()
-
-
 def samples(records, responses, names, config):
-    """One prompt of each use case, and what each model says to it."""
+    """For one prompt of each use case: (use case, prompt, {model: response})."""
     result, rng = [], random.Random(config.seed)
-    for use_case in dict.fromkeys(r.get("use_case", "") for r in records):
-        i = rng.choice([i for i, r in enumerate(records) if r.get("use_case", "") == use_case])
+    for use_case in dict.fromkeys(record.get("use_case", "") for record in records):
+        i = rng.choice([i for i, record in enumerate(records) if record.get("use_case", "") == use_case])
         result.append((use_case, records[i]["prompt"], {name: responses[name][i] for name in names}))
     return result
 
 
 if __name__ == "__main__":
-    common.launch(main, Config)
+    launch(main, Config)

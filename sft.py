@@ -1,57 +1,61 @@
-"""Stage 1, supervised fine-tuning: next-token loss on labelers' demonstrations (section 3.4, C.1). And stage 0: with
---pretrain_mix 1 and --init scratch the same loop pretrains the base model.
+"""Stage 1, supervised fine-tuning (SFT): next-token loss on labelers' demonstrations (section 3.4,
+C.1). Also stage 0: with --pretrain_mix 1 and --init scratch the same loop pretrains the base model.
 
     python sft.py                                   # base -> sft on the laptop
-    python sft.py --pretrain_mix 1 --init scratch --out out/base ...    # see the Makefile
+    python sft.py @data/tinyworld/base.args         # stage 0: pretraining
     python sft.py --init gpt2 --data data/oasst @data/oasst/sft.args    # GPT-2 on real data
     torchrun --nproc_per_node=8 sft.py
 
-Departures from the paper: one model is both the SFT baseline, trained for many epochs with dropout (C.1), and the start
-of PPO, with 10% of pretraining data (C.3). Gradients are clipped, as GPT-3's were in pretraining.
+Departures from the paper: one model is both the SFT baseline, trained for several epochs with
+dropout (C.1), and the start of PPO, with 10% of pretraining data (C.3). Gradients are clipped.
 
-Shapes: B rows of the batch, T tokens, N positions whose next token is a target, V vocabulary.
+Shapes: B rows, T tokens, R target tokens (of a demonstration: its response; of a row of pretraining
+text: all tokens but the first).
 """
 
 from dataclasses import dataclass
 
 import torch
 
-import common
-from common import Machine, Ranks, Run, UserError
-from data import download, readers
+from common import download, gpt2
+from common.config import check, launch
+from common.learner import Learner, cosine
+from common.run import Run, load_model
+from common.runtime import Runtime, RuntimeConfig
+from common.seeds import generator, seed_torch
+from data import readers
+from data.batches import SFTData
 from data.tokenizer import Tokenizer
 from model import GPT, PRESETS, GPTConfig, generate
 
 
 @dataclass(frozen=True)
-class Config(Machine):
+class Config(RuntimeConfig):
     data: str = "data/tinyworld"  # the dataset's folder
     out: str = "out/sft"  # the run's folder
-    init: str = "out/base/model.pt"  # a checkpoint, `scratch`, gpt2[-medium|-large|-xl], or a path in transformers' layout
+    init: str = "out/base/model.pt"  # a checkpoint, scratch, gpt2[-medium|-large|-xl], or files
     size: str = "laptop"  # from scratch: one of model.PRESETS
-    context: int = 0  # grow or cut the context to so many tokens; 0 leaves it
+    context: int = 0  # cut or extend the context to this number of tokens; 0 keeps it
     pretrain_mix: float = 0.1  # fraction of each batch that is pretraining text (C.3: 0.1)
-    epochs: int = 4  # over the demonstrations or, with pretrain_mix 1, the pretraining text (C.1: 16)
-    batch_size: int = 32  # rows a step (C.1: 32)
-    lr: float = 1e-3  # peak learning rate, falling to a tenth by a cosine (C.1: 9.65e-6 at 1.3B and 6B)
+    epochs: int = 4  # over the demonstrations; with --pretrain_mix 1, over the text (C.1: 16)
+    batch_size: int = 32  # rows per step (C.1: 32)
+    lr: float = 1e-3  # peak, falling to a tenth by a cosine (C.1: 9.65e-6 at 1.3B and 6B)
     dropout: float = 0.1  # on the residual branches (C.1: 0.2)
-    seed: int = 0  # of the initialisation, the order of the data, dropout
+    seed: int = 0  # of the initialization, the order of the data, dropout
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.pretrain_mix <= 1:
-            raise ValueError("--pretrain_mix is a fraction from 0 to 1")
-        if self.size not in PRESETS:
-            raise ValueError(f"--size is one of {', '.join(PRESETS)}")
-        if self.init == "scratch" and self.pretrain_mix < 1:
-            raise ValueError("--init scratch has nothing to fine-tune; it goes with --pretrain_mix 1")
-        if self.context < 0 or self.context == 1:
-            raise ValueError("--context is at least 2, or 0")
-        if min(self.epochs, self.batch_size) < 1 or self.lr < 0 or not 0 <= self.dropout < 1:
-            raise ValueError("--epochs and --batch_size are at least 1, --lr at least 0, --dropout from 0 to under 1")
-        if 0 < self.pretrain_mix < 1 and not 0 < self.pretrain_rows < self.batch_size:
-            raise ValueError(f"--pretrain_mix {self.pretrain_mix} of --batch_size {self.batch_size} rows is all or "
-                             "nothing; raise the batch size")
+        check(0 <= self.pretrain_mix <= 1, "--pretrain_mix is a fraction from 0 to 1")
+        check(self.size in PRESETS, f"--size is one of {', '.join(PRESETS)}")
+        check(self.init != "scratch" or self.pretrain_mix == 1,
+              "--init scratch has nothing to fine-tune; it goes with --pretrain_mix 1")
+        check(self.context == 0 or self.context > 1, "--context is at least 2, or 0")
+        check(min(self.epochs, self.batch_size) >= 1, "--epochs and --batch_size are at least 1")
+        check(self.lr >= 0, "--lr is at least 0")
+        check(0 <= self.dropout < 1, "--dropout is from 0 to under 1")
+        check(self.pretrain_mix in (0, 1) or 0 < self.pretrain_rows < self.batch_size,
+              f"--pretrain_mix {self.pretrain_mix} of --batch_size {self.batch_size} rows is all "
+              "or nothing; raise the batch size")
 
     @property
     def pretrain_rows(self):
@@ -59,140 +63,109 @@ class Config(Machine):
 
     @property
     def stage(self):
-        """The name of the stage: part of the purpose of all its random numbers, which no two stages share."""
+        """Part of the purpose of every random number, so that no two stages share one."""
         return "pretraining" if self.pretrain_mix == 1 else "sft"
 
 
-def masked_loss(model, tokens, mask):
-    """Sum over the targets of -log p(token | those before it), and how many there are.
+def masked_loss(logprobs, mask):
+    """Sum over the targets of -log p(token | the tokens before it): logprobs, mask (B, R) -> ().
 
-    tokens (B, T); mask (B, T) marks the N positions whose next token is a target: those of the response, the end of
-    text included, never the prompt's (section 3.4). Only they get logits, so no (B, T, V) tensor exists."""
-    logprobs = model(tokens, mask)  # (N,)
-    return -logprobs.sum(), logprobs.numel()
-
-
-@torch.no_grad()
-def validation_loss(model, pairs, config, end, ranks):
-    """Mean loss a target over all (context, target) pairs, dropout off."""
-    model.eval()
-    total = count = 0
-    ordered = sorted(pairs, key=readers.length)
-    for share, counts in ranks.shares(ordered, config.micro_batch or config.batch_size):
-        tokens, mask = readers.batch_of(share, end, ranks.device)
-        with ranks.autocast():
-            loss, n = masked_loss(model, tokens, mask)
-        total, count = total + loss.item() * counts, count + n * counts
-    model.train()
-    total, count = ranks.sum(total, count)
-    return total / max(1, count)
-
-
-def load_demonstrations(config, split, tokenizer, context):
-    path = f"{config.data}/demonstrations.{split}.jsonl"
-    pairs = [readers.episode(r["prompt"], r["response"], tokenizer) for r in readers.read_jsonl(path, "demonstrations")]
-    for number, (prompt, response) in enumerate(pairs, 1):
-        if len(prompt) + len(response) > context:
-            raise UserError(f"{path}:{number}: {len(prompt)} tokens of prompt and {len(response)} of response do not fit "
-                            f"the context of {context}")
-    return pairs
+    The targets are the response's tokens, its end of text included, never the prompt's (3.4)."""
+    return -torch.where(mask, logprobs, 0.0).sum()
 
 
 def start_model(config, init, tokenizer):
-    torch.manual_seed(common.seed_of(config.seed, f"{config.stage}: initialisation"))
+    seed_torch(config.seed, f"{config.stage}: initialisation")
     if config.init == "scratch":
-        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, dropout=config.dropout, **PRESETS[config.size]))
+        shape = GPTConfig(tokenizer.vocab_size, dropout=config.dropout, **PRESETS[config.size])
+        model = GPT(shape)
     else:
-        model = common.load_model(GPT, init, "make base", tokenizer, dropout=config.dropout)
+        model = load_model(GPT, init, "make base", tokenizer, dropout=config.dropout)
     if config.context:
-        model.set_context(config.context)
+        gpt2.resize_context(model, config.context)
     return model
 
 
-def main(config):
-    ranks = Ranks(config)
-    ranks.check_share(config.batch_size, "batch_size")
-    tokenizer = Tokenizer.load(config.data)
-    end = tokenizer.end_of_text
-    init = ranks.first(lambda: download.weights(config.init, tokenizer))
-    model = ranks.place(start_model(config, init, tokenizer))
-    context = model.config.context
-    text = readers.PretrainingText(f"{config.data}/pretrain.train.bin", tokenizer, context) if config.pretrain_mix else []
-    if config.pretrain_mix < 1:
-        demonstrations = load_demonstrations(config, "train", tokenizer, context)
-        valid = load_demonstrations(config, "valid", tokenizer, context)
-    else:
-        demonstrations = []
-        valid_text = readers.PretrainingText(f"{config.data}/pretrain.valid.bin", tokenizer, context)
-        valid = valid_text.pairs(range(min(len(valid_text), 500)))
+def train_step(learner, pairs, step, lr, config, end_of_text):
+    """One update on the global batch `pairs`. Returns the numbers to log."""
+    runtime = learner.runtime
+    mine = runtime.micro_batches(pairs[runtime.local_rows(len(pairs))], len(pairs), readers.length)
+    mine = [readers.make_batch(part, end_of_text, runtime.device) for part in mine]
+    (targets,) = runtime.all_reduce(sum(batch.mask.sum() for batch in mine))
+    seed_torch(config.seed, f"{config.stage}: dropout", step * runtime.world_size + runtime.rank)
+    total = 0.0
+    for batch in learner.accumulate(mine):
+        logprobs = learner(batch.tokens, batch.positions)  # (B, R)
+        loss = masked_loss(logprobs, batch.mask)
+        learner.backward(loss / targets)  # the mean over the global batch
+        total += loss.detach()
+    (total,) = runtime.all_reduce(total)
+    return dict(loss=total / targets, targets=targets, lr=lr, grad_norm=learner.step(lr))
 
-    pretrain_rows, demonstration_rows = config.pretrain_rows, config.batch_size - config.pretrain_rows
-    per_epoch = len(demonstrations) // demonstration_rows if demonstration_rows else len(text) // config.batch_size
-    if per_epoch == 0:
-        raise UserError(f"{len(demonstrations) or len(text)} rows are less than one batch of {config.batch_size}")
-    steps = config.epochs * per_epoch
-    if ranks.main:
-        print(f"{config.epochs} epochs x {per_epoch} steps x ({demonstration_rows} demonstrations + {pretrain_rows} rows "
-              f"of pretraining text); {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    inputs = [f"{config.data}/tokenizer.json"] + [init] * (init != "scratch")
-    inputs += [f"{config.data}/demonstrations.train.jsonl"] * bool(demonstration_rows)
-    inputs += [f"{config.data}/pretrain.train.bin"] * bool(pretrain_rows)
-    run = Run(config.out, config, ranks, inputs)
-    optimizer = common.adam(model, config.lr)
-    start = run.resume(config.resume, model=(model, optimizer))
-    wrapped = ranks.wrap(model)
-
-    def batch(step):
-        """The global batch of a step: the epoch's demonstrations in shuffled order, and rows of pretraining text."""
-        epoch, i = divmod(step, per_epoch)
-        pairs = []
-        if demonstration_rows:
-            order = torch.randperm(len(demonstrations), generator=common.generator(config.seed, "sft epoch", epoch))
-            chosen = order[i * demonstration_rows : (i + 1) * demonstration_rows]
-            pairs = [demonstrations[j] for j in chosen.tolist()]
-        return pairs + (text.pairs(text.draw(pretrain_rows, config.seed, config.stage, step)) if pretrain_rows else [])
-
+@torch.no_grad()
+def validation_loss(model, pairs, config, end_of_text, runtime):
+    """Mean loss per target over all (context, target) pairs, without dropout."""
+    model.eval()
+    total = count = 0
+    pairs = sorted(pairs, key=readers.length)
+    for part, counts in runtime.local_batches(pairs, config.micro_batch or config.batch_size):
+        batch = readers.make_batch(part, end_of_text, runtime.device)
+        with runtime.autocast():
+            loss = masked_loss(model(batch.tokens, batch.positions), batch.mask)
+        total += loss.item() * counts
+        count += batch.mask.sum().item() * counts
     model.train()
-    progress = common.bar(ranks, steps, start, config.out)
-    for step in progress:
-        pairs = batch(step)
-        mine = ranks.micro_batches(pairs[ranks.rows(len(pairs))], len(pairs), readers.length)
-        mine = [readers.batch_of(part, end, ranks.device) for part in mine]
-        (targets,) = ranks.sum(sum(mask.sum() for _, mask in mine))
-        torch.manual_seed(common.seed_of(config.seed, f"{config.stage}: dropout", step * ranks.size + ranks.rank))
-        loss_sum = 0.0
-        for i, (tokens, mask) in enumerate(mine):
-            with ranks.adding(wrapped, i + 1 < len(mine)):
-                with ranks.autocast():
-                    loss, _ = masked_loss(wrapped, tokens, mask)
-                ranks.backward(loss / targets)  # the mean over the global batch, whoever holds how many targets
-            loss_sum += loss.detach()
-        (loss_sum,) = ranks.sum(loss_sum)
-        lr = config.lr * common.cosine(step, steps)
-        norm = common.update(optimizer, model, lr, ranks)
-        progress.set_postfix(refresh=False, loss=f"{loss_sum / targets:.3f}", lr=f"{lr:.1e}")
-        numbers = dict(loss=loss_sum / targets, targets=targets, lr=lr, grad_norm=norm)
+    total, count = runtime.all_reduce(total, count)
+    return total / max(1, count)
 
-        if (step + 1) % per_epoch == 0:  # one checkpoint an epoch, to choose from by reward-model score (3.4)
-            epoch = (step + 1) // per_epoch
-            numbers |= dict(epoch=epoch, valid_loss=validation_loss(model, valid, config, end, ranks))
-            if demonstration_rows:
-                run.save_model(model, config.data, f"epoch{epoch}.pt", tokenizer=tokenizer.fingerprint)
-            most = min(48, context // 2)  # tokens of a sample
-            uniforms = torch.rand(4, most, generator=common.generator(config.seed, f"{config.stage}: samples", epoch))
-            prompts = [prompt[: context - most] for prompt, _ in valid[:4]]
-            with ranks.autocast(), ranks.sampling(model) as anyone:
-                said = generate(model, prompts, most, uniforms[: len(prompts)], anyone=anyone)
-            run.samples("\n".join([f"epoch {epoch}, validation loss {numbers['valid_loss']:.4f}"] + [
-                f"{tokenizer.decode(prompt)}|{tokenizer.decode(response)}" for prompt, response in zip(prompts, said)]))
+
+def sample_text(model, pairs, epoch, config, tokenizer, runtime):
+    """What the model answers to the first prompts."""
+    length = min(48, model.config.context // 2)
+    prompts = [prompt[: model.config.context - length] for prompt, _ in pairs[:4]]
+    numbers = generator(config.seed, f"{config.stage}: samples", epoch)
+    uniforms = torch.rand(4, length, generator=numbers)[: len(prompts)]
+    with runtime.sampling(model) as count_unfinished:
+        responses = generate(model, prompts, length, uniforms, count_unfinished=count_unfinished)
+    return [f"{tokenizer.decode(prompt)}|{tokenizer.decode(response)}"
+            for prompt, response in zip(prompts, responses)]
+
+
+def main(config):
+    runtime = Runtime(config)
+    runtime.check_batch_size(config.batch_size, "batch_size")
+    tokenizer = Tokenizer.load(config.data)
+    init = runtime.once_per_machine(lambda: download.weights(config.init, tokenizer))
+    model = runtime.place(start_model(config, init, tokenizer))
+    data = SFTData(config, tokenizer, model.config.context)
+    steps = config.epochs * data.steps_per_epoch
+    learner = Learner(model, config.lr, runtime)
+    inputs = data.files + ([] if config.init == "scratch" else [init])
+    run = Run(config, runtime, tokenizer, inputs, {"model": learner})
+    run.print(f"{config.epochs} epochs x {data.steps_per_epoch} steps x ({data.demonstration_rows} "
+              f"demonstrations + {config.pretrain_rows} rows of pretraining text); "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    model.train()
+    progress = run.progress_bar(run.resume(), steps)
+    for step in progress:
+        lr = config.lr * cosine(step, steps)
+        numbers = train_step(learner, data.batch(step), step, lr, config, tokenizer.end_of_text)
+        progress.set_postfix(refresh=False, loss=f"{numbers['loss']:.3f}", lr=f"{lr:.1e}")
+        epoch, rest = divmod(step + 1, data.steps_per_epoch)
+        if rest == 0:  # a checkpoint per epoch, to choose from by reward-model score (3.4)
+            loss = validation_loss(model, data.valid, config, tokenizer.end_of_text, runtime)
+            numbers |= dict(epoch=epoch, valid_loss=loss)
+            if config.stage == "sft":
+                run.save_model(model, f"epoch{epoch}.pt")
+            samples = sample_text(model, data.valid, epoch, config, tokenizer, runtime)
+            run.samples("\n".join([f"epoch {epoch}, validation loss {loss:.4f}", *samples]))
+            run.print(f"epoch {epoch}: validation loss {loss:.4f} per token")
         run.log(step, **numbers)
-        run.checkpoint(step + 1, model=(model, optimizer))
-    run.save_model(model, config.data, tokenizer=tokenizer.fingerprint)
+        run.checkpoint(step + 1)
+    run.save_model(model)
     run.finish()
-    if ranks.main:
-        print(f"{config.out}/model.pt: validation loss {numbers['valid_loss']:.4f} a token" if start < steps else "done")
 
 
 if __name__ == "__main__":
-    common.launch(main, Config)
+    launch(main, Config)

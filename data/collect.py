@@ -1,4 +1,4 @@
-"""Collect comparisons: sample K responses a prompt, and have a labeler rank them (sections 3.2 to 3.4, figure 2).
+"""Collect comparisons: sample K responses per prompt, and have a labeler rank them (sections 3.2 to 3.4, figure 2).
 
     python data/collect.py                          # the first round, from the SFT and base models
     python data/collect.py --sources out/ppo/model.pt@1,out/sft/model.pt@1    # a later one, appended to the first
@@ -20,33 +20,35 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import common
-from common import Machine, Ranks, UserError, generator, launch, write_atomically
+from common.config import UserError, launch
+from common.files import digest, lock, unlock, write_atomically
+from common.run import load_model, progress_bar
+from common.runtime import Runtime, RuntimeConfig
+from common.seeds import generator
 from data import readers
 from data.tinyworld import labelers
 from data.tokenizer import Tokenizer
 from model import GPT, generate
 
-
-# Mostly the SFT model, as in the paper. One temperature gives too many like responses for a small model's rankings to
-# teach much; the base model shows what to stay away from.
+# Mostly the SFT model, as in the paper. With one temperature, a small model's responses are too similar for their
+# rankings to teach much; the base model shows what to avoid.
 SOURCES = ",".join([*(f"out/sft/model.pt@{temperature}" for temperature in (0.5, 1, 1, 1, 1.4)), "out/base/model.pt@1"])
 
 
 @dataclass(frozen=True)
 class Config:
     data: str = "data/tinyworld"  # the dataset's folder
-    sources: str = SOURCES  # CHECKPOINT@TEMPERATURE, each drawn equally often; repeat one to weigh it
-    prompts: int = 5000  # training prompts to collect on, the first of prompts.train.jsonl
+    sources: str = SOURCES  # CHECKPOINT@TEMPERATURE, each drawn equally often; repeat one to give it more weight
+    prompts: int = 5000  # training prompts, the first of prompts.train.jsonl
     valid_prompts: int = 800  # validation prompts
-    skip: int = 0  # training prompts to leave out first, those of earlier rounds say
-    fewest: int = 4  # responses a prompt, drawn evenly from here (section 3.4: 4)
-    most: int = 9  # to here (section 3.4: 9)
+    skip: int = 0  # training prompts to skip first, for example those of earlier rounds
+    fewest: int = 4  # minimum number of responses per prompt, which is drawn uniformly (section 3.4: 4)
+    most: int = 9  # maximum number of responses per prompt (section 3.4: 9)
     max_new_tokens: int = 48  # the longest response, in tokens
     batch_size: int = 256  # prompts at a time
-    append: bool = True  # add to the comparisons that are there, rather than replace them
+    append: bool = True  # append to existing comparisons, instead of replacing them
     seed: int = 0  # of K, the sources, the samples, the labelers
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    device: str = "auto"  # cpu, cuda, or auto: cuda if available
 
     def __post_init__(self):
         if not 2 <= self.fewest <= self.most:
@@ -55,7 +57,7 @@ class Config:
             raise ValueError("every size is at least 1, --skip at least 0")
 
 
-def load_sources(config, tokenizer, ranks):
+def load_sources(config, tokenizer, runtime):
     """-> a list of (model, temperature), each checkpoint loaded once."""
     models, sources = {}, []
     for source in config.sources.split(","):
@@ -67,87 +69,100 @@ def load_sources(config, tokenizer, ranks):
         if not 0 <= temperature < math.inf:
             raise UserError(f"--sources: {source!r} has no temperature from 0")
         if path not in models:
-            models[path] = common.load_model(GPT, path, "make sft", tokenizer).to(ranks.device)
+            models[path] = runtime.place(load_model(GPT, path, "make sft", tokenizer))
         sources.append((models[path], temperature))
     return sources
 
 
-def sample(sources, prompts, counts, tokenizer, config, split, batch):
+def sample(sources, prompts, counts, tokenizer, config, split, batch, runtime):
     """K = counts[i] responses to each of the prompts (lists of token ids) -> lists of texts."""
     rng = random.Random(f"{config.seed}/sources/{split}/{batch}")
-    jobs = [(i, rng.randrange(len(sources))) for i, k in enumerate(counts) for _ in range(k)]
+    jobs = [(i, rng.randrange(len(sources))) for i, k in enumerate(counts) for _ in range(k)]  # (prompt, source)
     uniforms = torch.rand(len(jobs), config.max_new_tokens, generator=generator(config.seed, f"collect {split}", batch))
     texts = [[] for _ in prompts]
     for s, (model, temperature) in enumerate(sources):
-        mine = [j for j, (_, source) in enumerate(jobs) if source == s]
-        if mine:
-            said = generate(model, [prompts[jobs[j][0]] for j in mine], config.max_new_tokens, uniforms[mine], temperature)
-            for j, response in zip(mine, said):
+        chosen = [j for j, (_, source) in enumerate(jobs) if source == s]
+        if chosen:
+            with runtime.sampling(model):
+                responses = generate(model, [prompts[jobs[j][0]] for j in chosen], config.max_new_tokens,
+                                     uniforms[chosen], temperature)
+            for j, response in zip(chosen, responses):
                 texts[jobs[j][0]].append(tokenizer.decode(response))
     return texts
 
 
-def collect(config, split, records, prompts, part, tokenizer, sources, ranks):
-    """-> comparisons on these records, whose prompts are given as token ids, too. Finished batches wait in the file `part`, so a
-    stopped run goes on from there."""
-    teams = labelers.team()
-    inputs = sorted({source.split("@")[0] for source in config.sources.split(",")}) + [f"{config.data}/prompts.{split}.jsonl"]
-    signature = json.dumps([{k: v for k, v in vars(config).items() if k not in ("append", "device")},
-                            [common.digest(path) for path in inputs]])
-    done = []
-    if part.is_file():
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end is half a line
-        if lines and lines[0] == signature:
-            done = [json.loads(line) for line in lines[1:]]
-    batches, context = range(0, len(records), config.batch_size), min(model.config.context for model, _ in sources)
+def rank_responses(records, prompts, sources, tokenizer, config, split, batch, runtime):
+    """-> the comparisons of batch number `batch`: responses are sampled, then ranked. `prompts` are the records'
+    prompts as token ids."""
+    first = batch * config.batch_size
+    records, prompts = (x[first : first + config.batch_size] for x in (records, prompts))
+    context = min(model.config.context for model, _ in sources)
+    rng = random.Random(f"{config.seed}/labelers/{split}/{batch}")
+    counts = [rng.randint(config.fewest, config.most) for _ in records]
+    texts = sample(sources, prompts, counts, tokenizer, config, split, batch, runtime)
+    comparisons = []
+    for i, (record, responses) in enumerate(zip(records, texts)):
+        team = (first + i) % 2 if split == "valid" else 0
+        labeler = rng.choice(labelers.team()[team])
+        # A decoded response may have more tokens than were sampled, if it contains invalid UTF-8.
+        room = context - len(prompts[i]) - 1
+        responses = [r for r in dict.fromkeys(responses) if r.strip() and len(tokenizer.encode(r)) <= room]
+        if len(responses) > 1:
+            ranks = labeler.rank(record["prompt"], record["asks"], responses, config.seed)
+            comparisons.append({**record, "responses": responses, "ranks": ranks, "labeler": labeler.name})
+    return comparisons
+
+
+def read_part(part, signature):
+    """The finished batches of a stopped run with the same signature, its first line."""
+    if not part.is_file():
+        return []
+    lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without an end is incomplete
+    return [json.loads(line) for line in lines[1:]] if lines and lines[0] == signature else []
+
+
+def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
+    """-> comparisons on these records; `prompts` are theirs as token ids. Finished batches are kept in the file
+    `part`, so that a stopped run can be resumed."""
+    inputs = sorted({source.split("@")[0] for source in config.sources.split(",")})
+    inputs.append(f"{config.data}/prompts.{split}.jsonl")
+    settings = {k: v for k, v in vars(config).items() if k not in ("append", "device")}
+    signature = json.dumps([settings, [digest(path) for path in inputs]])
+    done = read_part(part, signature)
     lines = "\n".join([signature, *map(json.dumps, done)]) + "\n"
-    ranks.barrier()  # everyone has read it
-    if ranks.main:
+    runtime.barrier()  # all ranks have read it
+    if runtime.is_main:
         write_atomically(part, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
-
-    def one(batch):
-        first = batches[batch]
-        chosen = records[first : first + config.batch_size]
-        rng = random.Random(f"{config.seed}/labelers/{split}/{batch}")
-        counts = [rng.randint(config.fewest, config.most) for _ in chosen]
-        with ranks.autocast():
-            texts = sample(sources, prompts[first : first + len(chosen)], counts, tokenizer, config, split, batch)
-        result = []
-        for i, (record, responses) in enumerate(zip(chosen, texts)):
-            labeler = rng.choice(teams[(first + i) % 2 if split == "valid" else 0])
-            room = context - len(prompts[first + i]) - 1  # broken characters can outgrow it, read back
-            responses = [r for r in dict.fromkeys(responses) if r.strip() and len(tokenizer.encode(r)) <= room]
-            if len(responses) > 1:
-                ranks_ = labeler.rank(record["prompt"], record["asks"], responses, config.seed)
-                result.append({**record, "responses": responses, "ranks": ranks_, "labeler": labeler.name})
-        return result
-
-    progress = common.bar(ranks, len(batches), len(done), f"comparisons.{split}")
-    while len(done) < len(batches):
+    batches = -(-len(records) // config.batch_size)
+    progress = progress_bar(runtime, len(done), batches, f"comparisons.{split}")
+    while len(done) < batches:
         first = len(done)
-        results = ranks.spread(min(ranks.size, len(batches) - first), lambda i: one(first + i))  # a batch a rank
+        results = runtime.distribute(  # one batch per rank
+            min(runtime.world_size, batches - first),
+            lambda i: rank_responses(records, prompts, sources, tokenizer, config, split, first + i, runtime))
         done += results
         progress.update(len(results))
-        if ranks.main:
+        if runtime.is_main:
             with open(part, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(result) + "\n" for result in results))
     progress.close()
-    comparisons = [r for result in done for r in result]
+    comparisons = [comparison for result in done for comparison in result]
     if not comparisons:
-        if ranks.main:
+        if runtime.is_main:
             part.unlink()
         raise UserError(f"no prompt of {len(records)} got two different responses")
     return comparisons
 
 
 def main(config):
-    ranks = Ranks(Machine(device=config.device))
+    runtime = Runtime(RuntimeConfig(device=config.device))
     tokenizer = Tokenizer.load(config.data)
-    common.lock(config.data, ranks)
-    sources = load_sources(config, tokenizer, ranks)
-    longest = min(model.config.context for model, _ in sources) - config.max_new_tokens - 1  # for the end
+    lock(config.data, runtime)
+    sources = load_sources(config, tokenizer, runtime)
     if "asks" not in readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "prompts")[0]:
-        raise UserError(f"{config.data}: only the built-in world has labelers at hand; real data comes with its comparisons")
+        raise UserError(f"{config.data}: only the built-in world has labelers at hand; "
+                        "real data comes with its comparisons")
+    longest = min(model.config.context for model, _ in sources) - config.max_new_tokens - 1  # 1 for the end of text
     jobs, results = {}, {}
     for split, first, count in (("valid", 0, config.valid_prompts), ("train", config.skip, config.prompts)):
         path = f"{config.data}/prompts.{split}.jsonl"
@@ -157,18 +172,20 @@ def main(config):
         jobs[split] = records, readers.encode_prompts(records, tokenizer, longest, path, first + 1)
     for split, (records, prompts) in jobs.items():
         path = Path(f"{config.data}/comparisons.{split}.jsonl")
-        results[path] = collect(config, split, records, prompts, Path(f"{path}.part"), tokenizer, sources, ranks)
-        if ranks.main:
-            print(f"{path}: {sum(len(r['responses']) for r in results[path]):,} responses to {len(results[path]):,} prompts; "
-                  f"{len(records) - len(results[path])} prompts left out, their responses being all the same")
-    if ranks.main:
+        comparisons = collect(config, split, records, prompts, Path(f"{path}.part"), tokenizer, sources, runtime)
+        results[path] = comparisons
+        if runtime.is_main:
+            responses = sum(len(comparison["responses"]) for comparison in comparisons)
+            print(f"{path}: {responses:,} responses to {len(comparisons):,} prompts; "
+                  f"{len(records) - len(comparisons)} prompts left out, because their responses were all the same")
+    if runtime.is_main:
         publish(results, config.append)
-        common.unlock(config.data)
+        unlock(config.data)
 
 
 def publish(results, append):
-    """Write {path: comparisons}, behind those that are there or in their place."""
-    for path, comparisons in results.items():  # the training file last: it is the one that make looks for
+    """Write {path: comparisons}: after the existing ones, or instead of them."""
+    for path, comparisons in results.items():  # the training file last: it is make's target
         old = path.read_bytes() if append and path.is_file() else b""
         new = "".join(json.dumps(r) + "\n" for r in comparisons).encode()
         if new in old:

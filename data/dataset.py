@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError
+from common.config import UserError
 from data import cleaning
 from data.readers import write_jsonl, write_tokens
 from data.tokenizer import Tokenizer, train_bpe
@@ -94,9 +94,11 @@ def ranking(record, responses, ranks, labeler):
 def fitting(records, tokenizer, context, dropped):
     """The records whose prompt takes 1 to context / 2 tokens and whose responses, their end of text included, do too. A
     comparison loses the responses that don't, and is left out if no two of different rank remain."""
-    half = context // 2
-    lengths = lambda texts: map(len, tokenizer.encode_batch(texts))
-    kept = []
+    half, kept = context // 2, []
+
+    def lengths(texts):
+        return map(len, tokenizer.encode_batch(texts))
+
     for r, length in zip(records, lengths([r["prompt"] for r in records])):
         if not r["prompt"].strip():
             dropped["empty prompt"] += 1
@@ -108,7 +110,10 @@ def fitting(records, tokenizer, context, dropped):
     texts = {text: None for r in records for text in (*r.get("responses", ()), *([r["response"]] if "response" in r else ()))}
     texts = dict(zip(texts, lengths(list(texts))))
     bad = f"response empty or over {half - 1} tokens"
-    good = lambda text: text.strip() and texts[text] < half
+
+    def good(text):
+        return text.strip() and texts[text] < half
+
     for r in records:
         if "response" in r and not good(r["response"]):
             dropped[bad] += 1
@@ -191,7 +196,11 @@ def publish(records, config, dropped):
     unique = distinct(records)
     dropped["said twice"] += total - len(unique)
     sides, unlabeled = split(clean(unique, config.prefix, dropped), config)
-    own = lambda name: (f"{r['prompt']}{text}" for r in sides[name] for text in (r.get("responses") or [r.get("response", "")]))
+
+    def own(name):
+        """The texts of a side: each prompt with each of its responses."""
+        return (f"{r['prompt']}{text}" for r in sides[name] for text in (r.get("responses") or [r.get("response", "")]))
+
     if config.vocab_size:
         tokenizer = Tokenizer(out.name, train_bpe(own("train"), config.vocab_size))
     else:
@@ -238,7 +247,8 @@ def publish(records, config, dropped):
     write(out / "judge" / "comparisons.valid.jsonl", files["valid"]["comparisons"])
     if config.own_text:
         held_out = dict.fromkeys(own("valid"))
-        write_tokens(out / "pretrain.train.bin", (text for text in dict.fromkeys(own("train")) if text not in held_out), tokenizer)
+        trained = [text for text in dict.fromkeys(own("train")) if text not in held_out]
+        write_tokens(out / "pretrain.train.bin", trained, tokenizer)
         write_tokens(out / "pretrain.valid.bin", held_out, tokenizer)
     tokenizer.save(out / "judge")
     tokenizer.save(out)
@@ -267,7 +277,8 @@ def show(dropped):
 
 def report(files, sides, strangers, total, dropped, tokenizer, out):
     """Sizes by split, in number of prompts, as in the paper's Table 6; and what was left out, and why."""
-    print(f"{out}: {total:,} demonstrations, comparisons and bare prompts read; vocabulary {tokenizer.name} of {tokenizer.vocab_size:,}\n")
+    print(f"{out}: {total:,} demonstrations, comparisons and bare prompts read; vocabulary {tokenizer.name} of "
+          f"{tokenizer.vocab_size:,}\n")
     print(f"{'':<16}" + "".join(f"{name:>10}" for name in files))
     for kind in ("demonstrations", "comparisons", "prompts"):
         sizes = [len(by_kind[kind]) if kind in by_kind else None for by_kind in files.values()]
@@ -276,7 +287,8 @@ def report(files, sides, strangers, total, dropped, tokenizer, out):
     compared = [r for name in files for r in files[name].get("comparisons", ())]
     if compared:
         mean = sum(len(r["responses"]) for r in compared) / len(compared)
-        print(f"\n{len({r['labeler'] for r in compared}):,} labelers, {len(strangers)} of them held out; K = {mean:.1f} on average")
+        labelers = len({r["labeler"] for r in compared})
+        print(f"\n{labelers:,} labelers, {len(strangers)} of them held out; K = {mean:.1f} on average")
     for name, needed in (("valid", "sft.py and reward.py"), ("test", "evaluate.py")):
         if not any(files[name].values()):
             print(f"\nnothing is left for {name}, which {needed} will miss: raise --{name}, or bring more conversations")

@@ -1,15 +1,20 @@
 """A trained model as transformers reads it: config, weights and tokenizer in one folder.
 
-    python model.py export out/ppo FOLDER           # or a .pt file instead of the run's folder
+    python data/export.py out/ppo FOLDER            # or a .pt file instead of the run's folder
 
-A policy becomes a GPT2LMHeadModel, a reward model a GPT2ForSequenceClassification with one label (see model.py).
+A policy becomes a GPT2LMHeadModel, a reward model a GPT2ForSequenceClassification with one label (see common/gpt2.py).
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-import common
+sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
+
+from common import gpt2
+from common.config import Parser, UserError, guard
+from common.run import load_checkpoint, load_model
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel
 
@@ -17,29 +22,27 @@ from model import GPT, ScalarModel
 def export(run, folder, data=None):
     """Write the model of a run into `folder`; `data` is the dataset's folder, by default where the run found it."""
     path = Path(run) / "model.pt" if Path(run).is_dir() else Path(run)
-    checkpoint = common.load_checkpoint(path, "make")
+    checkpoint = load_checkpoint(path, "make")
     tokenizer = Tokenizer.load(data or checkpoint["data"])
     kind = ScalarModel if "head.weight" in checkpoint["model"] else GPT
-    model = common.load_model(kind, path, "make", tokenizer)
+    model = load_model(kind, path, "make", tokenizer)
     try:
         tokenizer.save_gpt2(folder, model.config.context, padding=kind is ScalarModel)
-        model.save_gpt2(folder)
+        write = gpt2.write_scalar_model if kind is ScalarModel else gpt2.write_policy
+        write(folder, model)
     except ValueError as error:  # a vocabulary that is not made of merges, a head of zeros
-        raise common.UserError(f"{path} can't be exported: {error}") from None
+        raise UserError(f"{path} can't be exported: {error}") from None
     auto = "AutoModelForSequenceClassification" if kind is ScalarModel else "AutoModelForCausalLM"
     print(f"{folder}: for transformers' {auto} and AutoTokenizer")
 
 
 def main():
-    parser = common.Parser(prog="model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="{export,plan}")
-    command = commands.add_parser("export", help="write a trained model as transformers reads it")
-    command.add_argument("run", help="a run's folder, or a .pt file")
-    command.add_argument("folder", help="where to write")
-    command.add_argument("--data", help="the dataset's folder, if it is no longer where the run found it")
+    parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, or a .pt file")
+    parser.add_argument("folder", help="where to write")
+    parser.add_argument("--data", help="the dataset's folder, if it is no longer where the run found it")
     export(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "model.py"  # which runs this file
-    common.guard(main)
+    guard(main)

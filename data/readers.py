@@ -1,19 +1,22 @@
-"""From files to tensors: JSON Lines with errors that name the line, episodes, padding, pretraining rows.
+"""From files to tensors: JSON Lines with errors that name the line, examples, padding, pretraining rows.
 
-Shapes: B rows, T tokens. Rows are padded at the end with the end-of-text token, which changes nothing before it in a
-causal model; masks, never the padding's value, say what counts.
+Shapes: B rows, T tokens, R response (or target) tokens. Rows are padded at the end with the end-of-text token, which changes
+nothing before it in a causal model. Masks, never the padding's value, say what counts.
 """
 
 import gzip
 import itertools
 import json
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError, generator, write_atomically
+from common.config import UserError
+from common.files import write_atomically
+from common.seeds import generator
 
 KEYS = {  # what a record of each file must have, and its type
     "demonstrations": {"prompt": str, "response": str},
@@ -26,13 +29,13 @@ KEYS = {  # what a record of each file must have, and its type
 
 
 def read_jsonl(path, kind, made_by="make data"):
-    """The records of a JSON Lines file of one of the KEYS. UserError names file and line of what is wrong."""
+    """The records of a JSON Lines file of one of the KEYS. UserError names the file and the line."""
     records = []
-    for where, record in json_lines(path, made_by, strict=True):
+    for place, record in json_lines(path, made_by, strict=True):
         for key, type_ in KEYS[kind].items():
             if not isinstance(record.get(key), type_):
-                raise UserError(f"{where}: no {key!r}, or it is no {type_.__name__}")
-        check(record, kind, where)
+                raise UserError(f"{place}: no {key!r}, or it is no {type_.__name__}")
+        check(record, kind, place)
         records.append(record)
     if not records:
         raise UserError(f"{path}: no records")
@@ -40,8 +43,8 @@ def read_jsonl(path, kind, made_by="make data"):
 
 
 def json_lines(path, made_by=None, strict=False):
-    """(file:line, object) for each line of a JSON Lines file, which may be gzipped. Empty lines are passed over or, when
-    `strict`, refused: the stages count on record n standing in line n."""
+    """(file:line, object) for each line of a JSON Lines file, which may be gzipped. Empty lines are skipped or, if
+    `strict`, refused: the stages rely on record n being in line n."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing" + (f"; in the default run `{made_by}` makes it" if made_by else ""))
@@ -49,50 +52,50 @@ def json_lines(path, made_by=None, strict=False):
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
+                place = f"{path}:{number}"
                 if not line.strip() and not strict:
                     continue
                 try:
                     record = json.loads(line)
                 except ValueError as error:  # UnicodeDecodeError is one
-                    raise UserError(f"{where}: not JSON ({error})") from None
+                    raise UserError(f"{place}: not JSON ({error})") from None
                 except RecursionError:
-                    raise UserError(f"{where}: not JSON (nested too deep)") from None
+                    raise UserError(f"{place}: not JSON (nested too deep)") from None
                 if not isinstance(record, dict):
-                    raise UserError(f"{where}: not a JSON object")
-                yield where, record
+                    raise UserError(f"{place}: not a JSON object")
+                yield place, record
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: damaged gzip ({error})") from None
 
 
-def check(record, kind, where):
+def check(record, kind, place):
     """What types can't say of a record."""
     if kind in ("requests", "judged") and not isinstance(record["asks"].get("form"), str):
-        raise UserError(f"{where}: `asks` does not say which form is asked for")
+        raise UserError(f"{place}: `asks` does not say which form is asked for")
     if kind != "tasks" and not record["prompt"]:
-        raise UserError(f"{where}: empty prompt")
+        raise UserError(f"{place}: empty prompt")
     if kind == "demonstrations" and not record["response"]:
-        raise UserError(f"{where}: empty response")
+        raise UserError(f"{place}: empty response")
     if kind in ("comparisons", "judged"):
         responses, ranks = record["responses"], record["ranks"]
         if len(responses) < 2:
-            raise UserError(f"{where}: K = {len(responses)} responses; a comparison takes at least 2")
+            raise UserError(f"{place}: K = {len(responses)} responses; a comparison takes at least 2")
         if len(ranks) != len(responses):
-            raise UserError(f"{where}: {len(responses)} responses but {len(ranks)} ranks")
+            raise UserError(f"{place}: {len(responses)} responses but {len(ranks)} ranks")
         if not all(isinstance(r, str) for r in responses):
-            raise UserError(f"{where}: a response is no string")
+            raise UserError(f"{place}: a response is no string")
         if not all(type(r) is int and 1 <= r < 2**31 for r in ranks):
-            raise UserError(f"{where}: ranks are whole numbers from 1 (best)")
+            raise UserError(f"{place}: ranks are whole numbers from 1 (best)")
     if kind == "tasks":
         if not record["context"]:
-            raise UserError(f"{where}: empty context")
+            raise UserError(f"{place}: empty context")
         choices = record.get("choices")
         if choices is not None:
             good = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
             if not good or type(record.get("answer")) is not int or record["answer"] not in range(len(choices)):
-                raise UserError(f"{where}: `choices` must be strings and `answer` the index of one")
+                raise UserError(f"{place}: `choices` must be strings and `answer` the index of one")
         elif not isinstance(record.get("target"), str) or not record["target"]:
-            raise UserError(f"{where}: neither `choices` with `answer` nor a `target`")
+            raise UserError(f"{place}: neither `choices` with `answer` nor a `target`")
 
 
 def write_jsonl(path, records):
@@ -100,52 +103,63 @@ def write_jsonl(path, records):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="surrogatepass"))
 
 
-def encode_prompts(records, tokenizer, most, path, first=1):
-    """The token ids of each record's prompt, the records standing in `path` from line `first`. UserError where one is
-    longer than `most`, or has no tokens."""
-    if most < 1:
+def encode_prompts(records, tokenizer, maximum, path, first=1):
+    """The token ids of each record's prompt; the records start at line `first` of `path`. UserError if one has more than
+    `maximum` tokens, or none."""
+    if maximum < 1:
         raise UserError("--max_new_tokens leaves no room for a prompt in the context")
     prompts = [tokenizer.encode(r["prompt"]) for r in records]
     for number, ids in enumerate(prompts, first):
-        if not 1 <= len(ids) <= most:
-            raise UserError(f"{path}:{number}: a prompt of {len(ids)} tokens; this run takes 1 to {most}")
+        if not 1 <= len(ids) <= maximum:
+            raise UserError(f"{path}:{number}: a prompt of {len(ids)} tokens; this run takes 1 to {maximum}")
     return prompts
 
 
-def episode(prompt, response, tokenizer):
-    """tokens(prompt), tokens(response) + [end of text]: tokenized apart, as they are when a response is sampled."""
+# ---------------------------------------------------------------- examples and batches
+
+def example(prompt, response, tokenizer):
+    """tokens(prompt), tokens(response) + [end of text]: tokenized separately, as they are when a response is sampled."""
     return tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.end_of_text]
 
 
 def length(pair):
-    """Tokens of an episode, or of any (context ids, target ids)."""
+    """Number of tokens of an example, or of any (context ids, target ids)."""
     return len(pair[0]) + len(pair[1])
 
 
-def pad(rows, value, device=None, dtype=torch.long):
+def pad(rows, value, device=None):
     """Rows of unequal length -> (B, T), padded at the end: pad([[5, 6], [7]], 0) = [[5, 6], [7, 0]]."""
-    table = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
-    return table.to(device)
+    longest = max(map(len, rows))
+    return torch.tensor([[*row] + [value] * (longest - len(row)) for row in rows], device=device)
 
 
-def batch_of(pairs, end, device=None):
-    """(context ids, target ids) pairs -> tokens (B, T), and a mask (B, T) of the positions whose next token is a
-    target. Prompt 7 8, response 9 and end 0: tokens [7 8 9 0], mask [0 1 1 0]: 8 must say 9, and 9 must say 0."""
-    tokens = pad([prompt + response for prompt, response in pairs], end, device)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(pairs):
-        mask[i, max(len(prompt) - 1, 0) : len(prompt) + len(response) - 1] = True
-    return tokens, mask
+@dataclass
+class Batch:
+    """Examples as tensors. Prompt 7 8, response 9 and end of text 0: tokens [7 8 9 0], positions [1 2]: the model must
+    predict 9 after 8, and 0 after 9."""
+    tokens: torch.Tensor  # (B, T) prompt and response, padded at the end
+    positions: torch.Tensor  # (B, R) the positions that predict the R response tokens
+    mask: torch.Tensor  # (B, R) which of them exist: rows with shorter responses are padded
 
 
-def last_scores(model, episodes, end, device):
-    """The scalar model's output at the last token of each episode. episodes: B (prompt ids, response ids) -> (B,)"""
-    rows = [prompt + response for prompt, response in episodes]
-    scores = model(pad(rows, end, device))  # (B, T)
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    return scores.gather(1, last[:, None]).squeeze(1)
+def make_batch(pairs, end_of_text, device=None):
+    """B pairs of (context ids, target ids) -> Batch."""
+    tokens = pad([context + target for context, target in pairs], end_of_text, device)  # (B, T)
+    starts = torch.tensor([len(context) for context, _ in pairs], device=device)  # (B,)
+    lengths = torch.tensor([len(target) for _, target in pairs], device=device)  # (B,)
+    r = torch.arange(max(len(target) for _, target in pairs), device=device)  # (R,)
+    mask = r < lengths[:, None]  # (B, R)
+    positions = (starts[:, None] - 1 + r) * mask  # (B, R), 0 outside the mask
+    return Batch(tokens, positions, mask)
+
+
+def last_scores(model, examples, end_of_text, device):
+    """A scalar model's output at the end of text of each example: B (prompt ids, response ids) -> (B,). A truncated response
+    gets an end of text, which the reward model has seen at the end of every response in its training."""
+    rows = [prompt + response if response[-1] == end_of_text else prompt + response + [end_of_text]
+            for prompt, response in examples]
+    last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # (B, 1)
+    return model(pad(rows, end_of_text, device), last).squeeze(1)
 
 
 # ---------------------------------------------------------------- pretraining text
@@ -172,8 +186,8 @@ def write_tokens(path, documents, tokenizer):
 
 
 class PretrainingText:
-    """Rows of a pretrain.*.bin, memory-mapped. A row is a document, its end-of-text token included, from position 0;
-    of a document longer than the context, a piece of it. (Windows cut anywhere from a stream teach a small model far
+    """Rows of a pretrain.*.bin, memory-mapped. A row is one document with its end-of-text token, starting at position 0. A
+    document longer than the context becomes several rows. (Windows cut anywhere from one stream teach a small model far
     less: it sees few texts from their beginning.)"""
 
     def __init__(self, path, tokenizer, context):
@@ -199,19 +213,23 @@ class PretrainingText:
         return len(self.rows)
 
     def pairs(self, indices):
-        """Rows as (context, target) pairs for `batch_of`: all but the first token are targets."""
+        """Rows as (context, target) pairs for `make_batch`: all but the first token are targets."""
         rows = [self.tokens[slice(*self.rows[i])].tolist() for i in indices]
         return [(row[:1], row[1:]) for row in rows]
 
     def draw(self, count, seed, stage, step, pool=32):
-        """`count` row indices for a step of a stage; no two stages draw the same. Each run of `pool` steps shares out one draw
-        of rows so that a step's rows are of similar length, in an order of steps that is shuffled: little padding, no
-        pattern. No row comes twice in a pass over them; those that fill no pool are left out of it."""
+        """`count` row indices for a step of a stage; no two stages draw the same. Every `pool` steps divide one random draw of
+        rows so that the rows of a step have similar lengths, and take their turns in random order. No row occurs twice in
+        a pass over them; rows that do not fill a pool are left out of that pass."""
         per_pass = max(1, len(self.rows) // (count * pool))  # pools in one pass over the rows
-        shuffled = torch.randperm(len(self.rows), generator=generator(seed, f"{stage}: pretraining pass", step // pool // per_pass))
-        start = step // pool % per_pass * count * pool
-        rows = shuffled[start : start + count * pool].tolist() if len(self.rows) >= count * pool else [
-            shuffled[i % len(self.rows)].item() for i in range(count * pool)]
+        pool_number, turn = divmod(step, pool)
+        pass_number, i = divmod(pool_number, per_pass)
+        numbers = generator(seed, f"{stage}: pretraining pass", pass_number)
+        shuffled = torch.randperm(len(self.rows), generator=numbers).tolist()
+        if len(shuffled) < count * pool:
+            shuffled = list(itertools.islice(itertools.cycle(shuffled), count * pool))
+        rows = shuffled[i * count * pool : (i + 1) * count * pool]
         rows.sort(key=lambda i: self.rows[i][1] - self.rows[i][0])
-        turn = torch.randperm(pool, generator=generator(seed, f"{stage}: pretraining turn", step // pool))[step % pool].item()
-        return rows[turn * count : (turn + 1) * count]
+        numbers = generator(seed, f"{stage}: pretraining turn", pool_number)
+        first = torch.randperm(pool, generator=numbers)[turn].item() * count
+        return rows[first : first + count]

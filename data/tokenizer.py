@@ -16,7 +16,8 @@ from pathlib import Path
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from common import UserError, digest, write_atomically
+from common.config import UserError
+from common.files import digest, write_atomically
 
 END = "<|endoftext|>"
 # GPT-2's way to cut text into pieces that merges never cross: contractions, words, numbers, signs, white space.
@@ -78,7 +79,7 @@ class Tokenizer:
         self.name, self.tokens = name, tokens
         self.vocab_size = self.encoding.n_vocab
         self.end_of_text = self.encoding.eot_token
-        # Tells two vocabularies of one size apart: a checkpoint keeps it (see common.load_model).
+        # Tells two vocabularies of one size apart: a checkpoint keeps it (see common.run.load_model).
         self.fingerprint = hashlib.sha256(b"\n".join(tokens)).hexdigest()[:16]
 
     @classmethod
@@ -136,8 +137,11 @@ class Tokenizer:
     def save_gpt2(self, folder, context, padding=False):
         """Write vocab.json, merges.txt and tokenizer_config.json, as transformers' AutoTokenizer reads them; with
         `padding`, a token for it behind the end of text."""
-        shown = printable_bytes()
-        show = lambda token: "".join(shown[b] for b in token)
+        characters = printable_bytes()
+
+        def show(token):
+            return "".join(characters[b] for b in token)
+
         vocabulary = {show(token): i for i, token in enumerate(self.tokens)} | {END: self.end_of_text}
         config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=context, add_prefix_space=False,
                       clean_up_tokenization_spaces=False, bos_token=END, eos_token=END, unk_token=END)

@@ -2,12 +2,13 @@
 
     python paper/datasets.py --kind flan --out out/paper/flan       # instructions of public tasks, as FLAN words them
     python paper/datasets.py --kind t0 --out out/paper/t0           # as T0 does
-    python paper/datasets.py --kind fold --fold 0 --out out/paper/fold0     # comparisons without a fifth of the labelers
+    python paper/datasets.py --kind fold --fold 0 --out out/paper/fold0     # comparisons without 1/5 of the labelers
 
-FLAN (Wei et al. 2021) and T0 (Sanh et al. 2021) turn public NLP datasets into instructions. So do these mixes with what the
-Vale has of such tasks, worded by nobody's customer: FLAN's are templates with options and short answers, on classification,
-reading, translation, completion; T0's are questions as many hands would write them, on questions and answers, summaries,
-paraphrases and labels. Neither has an open-ended request, which is most of what customers send (Table 1).
+FLAN (Wei et al. 2021) and T0 (Sanh et al. 2021) turn public NLP datasets into instructions. These mixes do the same
+with such tasks of the built-in world, in other words than customers use. FLAN's are templates with options and short
+answers: classification, reading, translation, completion. T0's are questions that are worded in many ways: facts,
+reading, summaries, paraphrases and labels. Neither has open-ended requests, which are most of what customers send
+(Table 1).
 """
 
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 
-from common import UserError, launch
+from common.config import UserError, launch
 from data import readers
 from data.tinyworld import requests, web
 from data.tinyworld.world import COLOURS, FACTS, NAMES, OBJECTS, TOWNS, ask, capital, state, to_pidi
@@ -30,9 +31,9 @@ class Config:
     kind: str = "flan"  # flan, t0 or fold
     out: str = "out/paper/flan"  # the folder to fill
     data: str = "data/tinyworld"  # the default run's dataset
-    examples: int = 4_000  # of a mix of tasks
-    fold: int = 0  # which group of labelers is left out
-    folds: int = 5  # how many groups there are
+    examples: int = 4_000  # training examples of a mix of tasks
+    fold: int = 0  # the group of labelers to leave out
+    folds: int = 5  # number of groups
     seed: int = 0  # of the examples, of the groups
 
     def __post_init__(self):
@@ -46,7 +47,8 @@ class Config:
 
 def flan_sentiment(rng):
     text, good = requests.review(rng)
-    return rng.choice(["{}\nWhat is the sentiment of this review?\nOPTIONS: good, bad", "Review: {}\nRating?\nOPTIONS: good, bad",
+    return rng.choice(["{}\nWhat is the sentiment of this review?\nOPTIONS: good, bad",
+                       "Review: {}\nRating?\nOPTIONS: good, bad",
                        "{}\nChoose your answer: good, bad"]).format(text), "good" if good else "bad"
 
 
@@ -70,8 +72,9 @@ def flan_completion(rng):
 
 def t0_question(rng):
     (relation, x), (truth, _) = rng.choice(sorted(FACTS.items()))
-    return rng.choice(["Please answer: {}", "I was given this question: {} What should I say?", "Question of the day: {}"]).format(
-        ask(relation, x)), capital(state(relation, x, truth)) + "."
+    question = rng.choice(["Please answer: {}", "I was given this question: {} What should I say?",
+                           "Question of the day: {}"])
+    return question.format(ask(relation, x)), capital(state(relation, x, truth)) + "."
 
 
 def t0_reading(rng):
@@ -107,7 +110,7 @@ MIXES = {"flan": [flan_sentiment, flan_reading, flan_translation, flan_completio
 
 
 def tasks(config):
-    """{split: demonstrations}, as many of each task."""
+    """{split: demonstrations}, the same number of each task."""
     splits = {}
     for split, count in (("train", config.examples), ("valid", config.examples // 10)):
         rng, makers, records = random.Random(f"{config.seed}/{config.kind}/{split}"), MIXES[config.kind], []
@@ -122,19 +125,21 @@ def tasks(config):
 # ---------------------------------------------------------------- groups of labelers (appendix E)
 
 def folds(config):
-    """The comparisons split for cross-validation over labelers: trained on are four groups' comparisons but a fifth of them,
-    another fifth in each fold. That fifth and all of the group that is left out are for validation: no prompt of either is
-    trained on."""
+    """The comparisons split for cross-validation over labelers. One group of labelers is left out of the training set,
+    and of the other groups' comparisons one in `folds`, other ones in each fold. Both are for validation: no prompt of
+    either is trained on."""
     path = f"{config.data}/comparisons.train.jsonl"
     records = readers.read_jsonl(path, "comparisons", "make comparisons")
-    people = sorted({r["labeler"] for r in records})
+    people = sorted({record["labeler"] for record in records})
     if len(people) < config.folds:
         raise UserError(f"{path}: {len(people)} labelers are too few for --folds {config.folds}")
     random.Random(f"{config.seed}/groups").shuffle(people)
-    out, rng = set(people[config.fold :: config.folds]), random.Random(f"{config.seed}/validation")
-    aside = [rng.randrange(config.folds) == config.fold for _ in records]
-    train = [r for r, a in zip(records, aside) if r["labeler"] not in out and not a]
-    valid = [r for r, a in zip(records, aside) if r["labeler"] in out or a]
+    left_out = set(people[config.fold :: config.folds])
+    rng = random.Random(f"{config.seed}/validation")
+    train, valid = [], []
+    for record in records:
+        held_out = rng.randrange(config.folds) == config.fold
+        (valid if held_out or record["labeler"] in left_out else train).append(record)
     return {"comparisons.train.jsonl": train, "comparisons.valid.jsonl": valid}
 
 

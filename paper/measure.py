@@ -1,10 +1,11 @@
-"""Measure one model for the paper's figures: everything that section 4 and appendix E ask of it, one number an item, as JSON.
+"""Measure one model for the paper's figures (section 4 and appendix E): one number per item, as JSON.
 
     python paper/measure.py --model out/sft/model.pt --out measured.json
-    python paper/measure.py --model out/ppo/model.pt --out m.json --baseline measured.json --reward out/reward/model.pt --reference out/sft/model.pt
+    python paper/measure.py --model out/ppo/model.pt --out m.json --baseline measured.json \\
+        --reward out/reward/model.pt --reference out/sft/model.pt
 
-In the built-in world only. Lists over the same prompts, questions or tasks stand in the same order in every file, so models
-can be compared item by item. The names of a file's lists are the keys of the dict that `measure` returns.
+In the built-in world only. All files list the same prompts, questions and tasks in the same order, so models can be
+compared item by item. The names of a file's lists are the keys of the dict that `measure` returns.
 """
 
 import json
@@ -19,31 +20,35 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import common
-import evaluate
-from common import Machine, Ranks, UserError
+from common.files import write_atomically
+from common.run import load_model, progress_bar
+from common.seeds import generator
+from common.config import UserError, launch
+from common.runtime import RuntimeConfig, Runtime
 from data import readers
-from data.tinyworld import labelers, web
+from data.judges import score_responses, win_rates
+from data.tinyworld import evaluation, labelers, web
 from data.tinyworld.world import FACTS, ask
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel, generate
+from paper import tasks
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "out/ppo/model.pt"  # what is measured
-    out: str = "measured.json"  # where the numbers go
+    model: str = "out/ppo/model.pt"  # the model to measure
+    out: str = "measured.json"  # the file to write
     data: str = "data/tinyworld"  # the dataset's folder
-    baseline: str = ""  # the file of the model that it is compared with; without one, no preference is measured
-    reward: str = ""  # the reward model whose scores are wanted
-    reference: str = ""  # the SFT model from which the KL distance is wanted
+    baseline: str = ""  # the file of the model to compare with; without it, no preference is measured
+    reward: str = ""  # the reward model; without it, nothing is scored
+    reference: str = ""  # the SFT model for the KL distance; without it, no KL is measured
     few_shot: bool = False  # the model is prompted with a help page's examples (GPT prompted)
-    best_of: int = 0  # measure only what is preferred when the reward model chooses among 1, 2, 4, ... so many samples
+    best_of: int = 0  # measure only the reward model's choice among 1, 2, 4, ... up to this many samples
     prompts: int = 1000  # test prompts
-    questions: int = 4  # answers to each question that is commonly got wrong
-    threads: int = 400  # forum threads whose next reply may be an insult, of each kind
-    seed: int = 0  # of the samples and of who judges
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    questions: int = 4  # answers to each question that is commonly answered wrong
+    threads: int = 400  # forum threads of each kind, whose next reply may be an insult
+    seed: int = 0  # of the samples and the choice of labelers
+    device: str = "auto"  # cpu, cuda, or auto: cuda if available
 
     def __post_init__(self):
         if min(self.prompts, self.questions, self.threads) < 1 or self.best_of < 0:
@@ -52,150 +57,165 @@ class Config:
             raise ValueError("--best_of takes --reward and --baseline")
 
 
-def sample(model, prompts, most, purpose, tokenizer, config, ranks):
-    """One response at temperature 1 to each text -> (prompt ids, response ids) pairs. Two models' samples are independent."""
+def sample(model, prompts, max_new_tokens, purpose, tokenizer, config, runtime):
+    """One response at temperature 1 to each text -> (prompt ids, response ids) pairs. The samples of two models are
+    independent."""
     pairs, encoded = [], [tokenizer.encode(text) for text in prompts]
-    who = "/".join([*Path(config.model).parts[-3:], "few-shot" * config.few_shot])
-    for first in range(0, len(prompts), 256):
-        chosen = encoded[first : first + 256]
-        uniforms = torch.rand(len(chosen), most, generator=common.generator(config.seed, f"{purpose} of {who}", first))
-        with ranks.autocast():
-            pairs += zip(chosen, generate(model, chosen, most, uniforms))
+    name = "/".join([*Path(config.model).parts[-3:], "few-shot" if config.few_shot else ""])
+    for start in range(0, len(prompts), 256):
+        batch = encoded[start : start + 256]
+        numbers = generator(config.seed, f"{purpose} of {name}", start)
+        uniforms = torch.rand(len(batch), max_new_tokens, generator=numbers)
+        with runtime.sampling(model):
+            pairs += zip(batch, generate(model, batch, max_new_tokens, uniforms))
     return pairs
 
 
-def say(model, prompts, most, purpose, tokenizer, config, ranks):
-    """The same as texts."""
-    return [tokenizer.decode(said) for _, said in sample(model, prompts, most, purpose, tokenizer, config, ranks)]
+def sample_texts(model, prompts, max_new_tokens, purpose, tokenizer, config, runtime):
+    """The responses of `sample` as texts."""
+    pairs = sample(model, prompts, max_new_tokens, purpose, tokenizer, config, runtime)
+    return [tokenizer.decode(response) for _, response in pairs]
 
 
-def respond(model, prompts, purpose, tokenizer, config, ranks):
-    """-> the (prompt ids, response ids) pairs, and the texts as a customer would see them: of a prompted model, the reply in
-    what the help page goes on with."""
-    asked = [web.with_prefix(prompt) for prompt in prompts] if config.few_shot else prompts
-    pairs = sample(model, asked, 48, purpose, tokenizer, config, ranks)
-    said = [tokenizer.decode(response) for _, response in pairs]
-    return pairs, [web.reply_in(text) for text in said] if config.few_shot else said
+def respond(model, prompts, purpose, tokenizer, config, runtime):
+    """-> the (prompt ids, response ids) pairs, and the texts as a customer would see them: with --few_shot, only the
+    reply within the help page that the model writes."""
+    if config.few_shot:
+        prompts = [web.with_prefix(prompt) for prompt in prompts]
+    pairs = sample(model, prompts, 48, purpose, tokenizer, config, runtime)
+    texts = [tokenizer.decode(response) for _, response in pairs]
+    return pairs, [web.reply_in(text) for text in texts] if config.few_shot else texts
 
 
 def preferences(records, responses, baseline, config):
-    """{judge: how much of a win over the baseline's response, one a prompt}: 3 labelers of each team, and the true average
+    """{judge: how much of a win each response is over the baseline's}: 3 labelers of each team, and the true average
     preference."""
     if len(baseline) != len(records):
         raise UserError(f"{config.baseline} has responses to {len(baseline)} prompts, not to {len(records)}")
-    result = {f"preferred by {team}": evaluate.win_rates(records, responses, baseline, people, 3, config.seed)
-              for team, people in zip(evaluate.TEAMS, labelers.team())}
-    worth = lambda r, text: round(labelers.true_worth(r["prompt"], r["asks"], text), 6)  # equal sums may differ by rounding
-    pairs = [(worth(r, a), worth(r, b)) for r, a, b in zip(records, responses, baseline)]
+
+    def worth(record, text):  # equal sums may differ by rounding
+        return round(evaluation.true_preference(record, text), 6)
+
+    result = {f"preferred by {judge.name}": win_rates(judge, records, responses, baseline)
+              for judge in evaluation.judges(records, 3, config.seed)}
+    pairs = [(worth(record, a), worth(record, b)) for record, a, b in zip(records, responses, baseline)]
     return result | {"truly preferred": [0.5 if a == b else float(a > b) for a, b in pairs]}
 
 
 def rated(records, responses, config):
-    """The mean of 3 held-out labelers' ratings from 1 to 7, one a prompt (section 3.5)."""
+    """The mean of 3 held-out labelers' ratings from 1 to 7 of each response (section 3.5)."""
     result = []
-    for r, text in zip(records, responses):
-        people = random.Random(f"{config.seed}/ratings/{r['prompt']}").sample(labelers.team()[1], 3)
-        result.append(sum(who.ratings(r["prompt"], r["asks"], [text], "ratings")[0] for who in people) / len(people))
+    for record, text in zip(records, responses):
+        people = random.Random(f"{config.seed}/ratings/{record['prompt']}").sample(labelers.team()[1], 3)
+        ratings = [labeler.ratings(record["prompt"], record["asks"], [text], "ratings")[0] for labeler in people]
+        result.append(sum(ratings) / len(ratings))
     return result
 
 
 @torch.no_grad()
-def kl_distance(model, reference, pairs, end, ranks):
-    """log model(y | x) - log reference(y | x) of each (prompt ids, response ids), in nats, over the tokens that were sampled:
-    over samples of the model its mean is the KL."""
+def kl_distance(model, reference, pairs, end, runtime):
+    """log model(y | x) - log reference(y | x) of each (prompt ids, response ids), in nats, summed over the response.
+    Its mean over samples of the model estimates the KL."""
     differences = []
     for first in range(0, len(pairs), 128):
-        tokens, where = readers.batch_of(pairs[first : first + 128], end, ranks.device)
-        with ranks.autocast():
-            ratio = model(tokens, where) - reference(tokens, where)  # (N,)
-        differences += [part.sum().item() for part in ratio.split(where.sum(1).tolist())]
+        batch = readers.make_batch(pairs[first : first + 128], end, runtime.device)
+        with runtime.autocast():
+            ratio = model(batch.tokens, batch.positions) - reference(batch.tokens, batch.positions)  # (B, R)
+        differences += torch.where(batch.mask, ratio, 0.0).sum(1).tolist()
     return differences
 
 
-def truth(model, tokenizer, config, ranks):
-    """Figure 5b: of the questions that people commonly get wrong, but the one that the few-shot prefix answers, in what share
-    of `config.questions` answers is nothing false, and in what share the truth."""
+def truth(model, tokenizer, config, runtime):
+    """Figure 5b. Of each question that people commonly answer wrong (except the one that the few-shot prefix answers):
+    the share of `config.questions` answers that state nothing false, and the share that also state the truth."""
     facts = [key for key, (true, error) in sorted(FACTS.items()) if true != error and key != ("eats", "crow")]
     asked = [key for key in facts for _ in range(config.questions)]
-    _, said = respond(model, [f"{ask(*key)}\n" for key in asked], "truth", tokenizer, config, ranks)
-    judged = [labelers.answers_truly({"relation": relation, "about": x}, text) for (relation, x), text in zip(asked, said)]
+    _, texts = respond(model, [f"{ask(*key)}\n" for key in asked], "truth", tokenizer, config, runtime)
+    judged = [labelers.answers_truly({"relation": relation, "about": about}, text)
+              for (relation, about), text in zip(asked, texts)]
     return {"truthful": by_group(asked, [float(true) for true, _ in judged]),
             "truthful and informative": by_group(asked, [float(true and answers) for true, answers in judged])}
 
 
 def by_group(groups, numbers):
-    """The mean of each group's numbers, in the order in which groups first come: items that are alike count as one."""
+    """The mean of each group's numbers, in the order in which the groups first occur: similar items count as one."""
     members = {}
     for group, x in zip(groups, numbers):
         members.setdefault(group, []).append(x)
     return [sum(row) / len(row) for row in members.values()]
 
 
-def toxicity(model, tokenizer, config, ranks):
-    """Figure 5c: how often the next reply in a forum insults, by the rule that stands at its head."""
+def toxicity(model, tokenizer, config, runtime):
+    """Figure 5c: for each rule at the top of a forum, whether the next reply is an insult."""
     rng, result = random.Random(f"{config.seed}/threads"), {}
     posts = [web.requests.request(rng)["prompt"] for _ in range(config.threads)]
     for name, rule in web.RULES.items():
-        said = say(model, [f"{rule}{post}-" for post in posts], 24, "toxicity", tokenizer, config, ranks)
-        result[f"toxic, {name}"] = [float(labelers.toxic(text.split("\n")[0])) for text in said]
+        prompts = [f"{rule}{post}-" for post in posts]
+        texts = sample_texts(model, prompts, 24, "toxicity", tokenizer, config, runtime)
+        result[f"toxic, {name}"] = [float(labelers.toxic(text.split("\n")[0])) for text in texts]
     return result
 
 
-def abilities(model, tokenizer, config, ranks):
-    """The zero-shot tasks, each once, and the next word of a thousand pages; and of each town the bias pairs: how likely the
-    stereotype is beside another trait, from 0 to 1, and how often it is the likelier."""
-    tasks = evaluate.distinct(readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks"))
-    text = readers.PretrainingText(f"{config.data}/pretrain.valid.bin", tokenizer, model.config.context)
-    pairs = [task for task in tasks if task["task"] == "bias"]
-    with ranks.autocast():
-        right = evaluate.answer_tasks(model, tasks, tokenizer, ranks.device)
-        rows = range(min(len(text), 1000))
-        pages = by_group(text.documents, evaluate.next_words(model, text.pairs(rows), tokenizer, ranks.device))
-        stereotype = torch.tensor(evaluate.choice_logprobs(model, pairs, tokenizer, ranks.device)).softmax(1)[:, 0]
-    result = {f"task: {kind}": [x for x, task in zip(right, tasks) if task["task"] == kind] for kind in web.ABILITIES}
-    towns = [task["context"] for task in pairs]
-    return result | {f"task: {evaluate.NEXT_WORD}": pages, "stereotype": by_group(towns, stereotype.tolist()),
-                     "stereotype preferred": by_group(towns, [x for x, task in zip(right, tasks) if task["task"] == "bias"]),
-                     "bias entropy": by_group(towns, [entropy(p) for p in stereotype.tolist()])}
+def abilities(model, tokenizer, config, runtime):
+    """The zero-shot tasks, each once, and the next words of a thousand pages. For each town's bias pairs: the
+    probability of the stereotype next to another trait, and how often it is the more likely one."""
+    items = tasks.distinct(readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks"))
+    pages, documents = tasks.load_pages(f"{config.data}/pretrain.valid.bin", tokenizer, model.config.context)
+    bias = [task for task in items if task["task"] == "bias"]
+    with runtime.autocast():
+        correct = tasks.answer_tasks(model, items, tokenizer, runtime.device)
+        next_words = by_group(documents, tasks.next_words(model, pages, tokenizer, runtime.device))
+        logprobs = tasks.choice_logprobs(model, bias, tokenizer, runtime.device)
+    stereotype = torch.tensor(logprobs).softmax(1)[:, 0].tolist()
+    towns = [task["context"] for task in bias]
+    result = {f"task: {kind}": [x for x, task in zip(correct, items) if task["task"] == kind] for kind in web.ABILITIES}
+    preferred = [x for x, task in zip(correct, items) if task["task"] == "bias"]
+    return result | {f"task: {tasks.NEXT_WORD}": next_words, "stereotype": by_group(towns, stereotype),
+                     "stereotype preferred": by_group(towns, preferred),
+                     "bias entropy": by_group(towns, [entropy(p) for p in stereotype])}
 
 
-def measure(model, reward, reference, baseline, tokenizer, config, ranks):
-    """-> {name: numbers, one an item}, and the responses to the test prompts."""
+def measure(model, reward_model, reference, baseline, tokenizer, config, runtime):
+    """-> {name: one number per item}, and the responses to the test prompts."""
     records = readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "requests")[: config.prompts]
-    valid = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "requests")[:300]
+    validation = readers.read_jsonl(f"{config.data}/prompts.valid.jsonl", "requests")[:300]
     purpose = "responses" if baseline else "baseline"  # which is another sample of the same model
-    pairs, responses = respond(model, [r["prompt"] for r in records], purpose, tokenizer, config, ranks)
-    seen = [labelers.metadata(r["prompt"], r["asks"], text) for r, text in zip(records, responses)]
+    pairs, responses = respond(model, [r["prompt"] for r in records], purpose, tokenizer, config, runtime)
+    seen = list(map(evaluation.metadata, records, responses))
     numbers = {f"metadata: {name}": [None if m[name] is None else float(m[name]) for m in seen] for name in seen[0]}
     numbers["rating"] = rated(records, responses, config)
     if baseline:
         numbers |= preferences(records, responses, baseline, config)
-    if reward:
-        with ranks.autocast():
-            numbers["score"] = evaluate.score(reward, records, responses, tokenizer, ranks.device)
-            _, said = respond(model, [r["prompt"] for r in valid], "validation", tokenizer, config, ranks)
-            numbers["score, validation prompts"] = evaluate.score(reward, valid, said, tokenizer, ranks.device)
+    if reward_model:
+        prompts = [record["prompt"] for record in validation]
+        with runtime.autocast():
+            numbers["score"] = score_responses(reward_model, records, responses, tokenizer, runtime.device)
+            _, texts = respond(model, prompts, "validation", tokenizer, config, runtime)
+            numbers["score, validation prompts"] = score_responses(reward_model, validation, texts, tokenizer,
+                                                                   runtime.device)
     if reference and not config.few_shot:
-        numbers["kl"] = kl_distance(model, reference, pairs, tokenizer.end_of_text, ranks)
-    numbers |= truth(model, tokenizer, config, ranks)
+        numbers["kl"] = kl_distance(model, reference, pairs, tokenizer.end_of_text, runtime)
+    numbers |= truth(model, tokenizer, config, runtime)
     if not config.few_shot:
-        numbers |= toxicity(model, tokenizer, config, ranks) | abilities(model, tokenizer, config, ranks)
+        numbers |= toxicity(model, tokenizer, config, runtime) | abilities(model, tokenizer, config, runtime)
     return numbers, responses
 
 
 def entropy(p):
-    """Of a choice between two, the one with probability p, in bits."""
+    """Of a choice between two, one of which has probability p, in bits."""
     return -sum(x * math.log2(x) for x in (p, 1 - p) if x > 0)
 
 
-def best_of(model, reward, baseline, tokenizer, config, ranks):
-    """-> {"best of n, ...": numbers, one a prompt} for n = 1, 2, 4, ...: the reward model chooses among the first n samples."""
+def best_of(model, reward_model, baseline, tokenizer, config, runtime):
+    """-> {"best of n, ...": one number per prompt} for n = 1, 2, 4, ...: the reward model chooses among the first n
+    samples."""
     records, numbers = readers.read_jsonl(f"{config.data}/prompts.test.jsonl", "requests")[: config.prompts], {}
+    prompts = [record["prompt"] for record in records]
     samples, scores = [], []  # [k][prompt]
-    for k in common.bar(ranks, config.best_of, 0, config.out):
-        samples.append(say(model, [r["prompt"] for r in records], 48, f"best of {k}", tokenizer, config, ranks))
-        with ranks.autocast():
-            scores.append(evaluate.score(reward, records, samples[-1], tokenizer, ranks.device))
+    for k in progress_bar(runtime, 0, config.best_of, config.out):
+        samples.append(sample_texts(model, prompts, 48, f"best of {k}", tokenizer, config, runtime))
+        with runtime.autocast():
+            scores.append(score_responses(reward_model, records, samples[-1], tokenizer, runtime.device))
     n = 1
     while n <= config.best_of:
         best = [max(range(n), key=lambda k: scores[k][i]) for i in range(len(records))]
@@ -220,20 +240,24 @@ def read(path):
 
 
 def main(config):
-    ranks = Ranks(Machine(device=config.device))
+    runtime = Runtime(RuntimeConfig(device=config.device))
     tokenizer = Tokenizer.load(config.data)
-    load = lambda kind, path: common.load_model(kind, path, "make paper", tokenizer).to(ranks.device).eval() if path else None
-    model, reward, reference = load(GPT, config.model), load(ScalarModel, config.reward), load(GPT, config.reference)
+
+    def load(kind, path):
+        return runtime.place(load_model(kind, path, "make paper", tokenizer)).eval() if path else None
+
+    model, reference = load(GPT, config.model), load(GPT, config.reference)
+    reward_model = load(ScalarModel, config.reward)
     baseline = read(config.baseline)["responses"][: config.prompts] if config.baseline else None
     if config.best_of:
-        numbers, responses = best_of(model, reward, baseline, tokenizer, config, ranks)
+        numbers, responses = best_of(model, reward_model, baseline, tokenizer, config, runtime)
     else:
-        numbers, responses = measure(model, reward, reference, baseline, tokenizer, config, ranks)
-    measured = {"config": asdict(config), "parameters": sum(p.numel() for p in model.parameters()), "numbers": numbers,
-                "responses": responses}
-    common.write_atomically(Path(config.out), lambda path: path.write_text(json.dumps(measured), encoding="utf-8"))
+        numbers, responses = measure(model, reward_model, reference, baseline, tokenizer, config, runtime)
+    parameters = sum(p.numel() for p in model.parameters())
+    text = json.dumps({"config": asdict(config), "parameters": parameters, "numbers": numbers, "responses": responses})
+    write_atomically(Path(config.out), lambda path: path.write_text(text, encoding="utf-8"))
     print(f"{config.out}: {config.model}")
 
 
 if __name__ == "__main__":
-    common.launch(main, Config)
+    launch(main, Config)

@@ -11,7 +11,6 @@ it held after its imports.
 
 import contextlib
 import functools
-import gc
 import json
 import logging
 import os
@@ -40,13 +39,18 @@ from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHea
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-import common
+import common.config
+import common.files
+import common.run
 import ppo
 import reward
 import sft
-from data import readers
+from common.gpt2 import write_policy, write_scalar_model
+from common.learner import Learner
+from common.runtime import Runtime, RuntimeConfig
+from data import batches, readers
 from data.tokenizer import END, Tokenizer
-from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, token_logprobs
+from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
 
 disable_progress_bar()
 logging.disable(logging.WARNING)
@@ -100,9 +104,9 @@ def steps_of(main, config, steps):
         times.append(time.perf_counter())
         if len(times) > steps:
             raise Enough
-    with mock.patch.object(common.Run, "log", log), contextlib.suppress(Enough), quiet():
+    with mock.patch.object(common.run.Run, "log", log), contextlib.suppress(Enough), quiet():
         main(config)
-    common.Interrupt.waiting = False
+    common.config.Interrupt.waiting = False
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
@@ -158,12 +162,18 @@ def weights(size, kind=GPT):
 def model_of(size, kind=GPT):
     model = kind(shape(size))
     model.load_state_dict(weights(size, kind))
-    return model
+    return Runtime(RuntimeConfig(device="cpu")).place(model)
+
+
+def sample(model, prompts, new, uniforms, temperature=1.0, precision="float32"):
+    with Runtime(RuntimeConfig(device="cpu", precision=precision)).sampling(model):
+        return generate(model, prompts, new, uniforms, temperature)
 
 
 def peer_of(model, kind, folder):
     """The same weights, in transformers' model."""
-    model.save_gpt2(folder / "exported")
+    write = write_scalar_model if isinstance(model, ScalarModel) else write_policy
+    write(folder / "exported", model)
     return kind.from_pretrained(folder / "exported")
 
 
@@ -221,9 +231,9 @@ def sampling(model, prompts, new, folder):
         with torch.no_grad():
             return peer.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, pad_token_id=end, **how)[:, longest:]
 
-    greedy = generate(model, prompts, new, uniforms, 0)
+    greedy = sample(model, prompts, new, uniforms, 0)
     assert all(row.tolist()[: len(said)] == said for row, said in zip(theirs(do_sample=False), greedy))
-    a, b, ratio = race(lambda: seconds(lambda: generate(model, prompts, new, uniforms)),
+    a, b, ratio = race(lambda: seconds(lambda: sample(model, prompts, new, uniforms)),
                        lambda: seconds(lambda: theirs(do_sample=True, top_k=0)), 5)
     tokens = len(prompts) * new
     return f"{tokens / a:,.0f} tokens/s", f"{tokens / b:,.0f} tokens/s", f"{ratio:.1f}×"
@@ -235,8 +245,7 @@ def sampling_bf16(folder, bandwidth):
     uniforms = torch.rand(8, new, generator=torch.Generator().manual_seed(0))
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16):
-            generate(model, prompts, new, uniforms)
+        sample(model, prompts, new, uniforms, precision="bf16")
     run()
     taken = statistics.median(seconds(run) for _ in range(5))
     read = 2 * (sum(p.numel() for p in model.parameters()) - model.positions.weight.numel())  # the unembedding is read
@@ -250,19 +259,19 @@ def samples_of_one_prompt(folder):
     uniforms, read = torch.rand(9, 16, generator=torch.Generator().manual_seed(0)), []
     hidden = model.hidden
     with mock.patch.object(model, "hidden", lambda tokens, *rest: read.append(tokens.shape) or hidden(tokens, *rest)):
-        together = generate(model, [prompt] * 9, 16, uniforms)
+        together = sample(model, [prompt] * 9, 16, uniforms)
     assert read[0] == (1, 256) and all(T == 1 for _, T in read[1:])
-    assert together == [generate(model, [prompt], 16, uniforms[i : i + 1])[0] for i in range(9)]
-    a, b, ratio = race(lambda: seconds(lambda: generate(model, [prompt] * 9, 16, uniforms)),
-                       lambda: seconds(lambda: [generate(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)]), 3)
+    assert together == [sample(model, [prompt], 16, uniforms[i : i + 1])[0] for i in range(9)]
+    a, b, ratio = race(lambda: seconds(lambda: sample(model, [prompt] * 9, 16, uniforms)),
+                       lambda: seconds(lambda: [sample(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)]), 3)
     return f"{9 / a:.2f} samples/s", f"{9 / b:.2f} samples/s", f"{ratio:.1f}×"
 
 
 def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
     data = folder / "data"
     if not (folder / "sft.pt").exists():
-        common.save(folder / "sft.pt", checkpoint(size))
-    pairs = sft.load_demonstrations(sft.Config(data=data), "train", tokenizer(), shape(size).context)
+        common.files.save(folder / "sft.pt", checkpoint(size))
+    pairs = batches.load_demonstrations(data, "train", tokenizer(), shape(size).context)
 
     def ours():
         config = sft.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", dropout=0.0, pretrain_mix=0.0,
@@ -280,11 +289,13 @@ def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
         return clock.mean
 
     def check():
-        tokens, mask = readers.batch_of(pairs[:4], shape(size).end_of_text)
-        loss, count = sft.masked_loss(model_of(size).eval(), tokens, mask)
-        labels = torch.where(mask.roll(1, 1), tokens, -100)
+        batch = readers.make_batch(pairs[:4], shape(size).end_of_text)
+        loss = sft.masked_loss(model_of(size).eval()(batch.tokens, batch.positions), batch.mask)
+        labels = torch.full_like(batch.tokens, -100)
+        for row, (context, target) in enumerate(pairs[:4]):
+            labels[row, len(context) : len(context) + len(target)] = torch.tensor(target)
         peer = peer_of(model_of(size), GPT2LMHeadModel, folder).eval()
-        torch.testing.assert_close(loss / count, peer(tokens, labels=labels).loss, rtol=1e-4, atol=0)
+        torch.testing.assert_close(loss / batch.mask.sum(), peer(batch.tokens, labels=labels).loss, rtol=1e-4, atol=0)
 
     return ours, theirs, check, sum(len(r) for _, r in pairs) / len(pairs) * batch, "tokens that count/s"
 
@@ -301,8 +312,8 @@ def checkpoint(size, kind=GPT):
 def reward_sides(folder, size, steps=2, batch=4):
     data = folder / "data"
     if not (folder / "sft.pt").exists():
-        common.save(folder / "sft.pt", checkpoint(size))
-    comparisons = reward.load_comparisons(reward.Config(data=data), "train", tokenizer(), shape(size).context)
+        common.files.save(folder / "sft.pt", checkpoint(size))
+    comparisons = batches.load_comparisons(data, "train", tokenizer(), shape(size).context)
 
     def pairs(episodes, order):
         rows = [p + r for p, r in episodes]
@@ -339,7 +350,7 @@ def ppo_sides(folder, size, steps=2, batch=32, new=48):
     data = folder / "data"
     for name, kind in (("sft", GPT), ("reward", ScalarModel)):
         if not (folder / f"{name}.pt").exists():
-            common.save(folder / f"{name}.pt", checkpoint(size, kind))
+            common.files.save(folder / f"{name}.pt", checkpoint(size, kind))
     prompts = [tokenizer().encode(r["prompt"]) for r in readers.read_jsonl(data / "prompts.train.jsonl", "prompts")]
 
     def ours():
@@ -368,8 +379,9 @@ def ppo_sides(folder, size, steps=2, batch=32, new=48):
         model = model_of(size).eval()
         peer = peer_of(model, GPT2LMHeadModel, folder).eval()
         tokens = torch.tensor([prompts[0]])
-        torch.testing.assert_close(token_logprobs(model(tokens), tokens), token_logprobs(peer(tokens).logits, tokens),
-                                   rtol=1e-4, atol=1e-4)
+        theirs = peer(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)  # (1, T - 1)
+        positions = torch.arange(tokens.shape[1] - 1)[None]
+        torch.testing.assert_close(model(tokens, positions), theirs, rtol=1e-4, atol=1e-4)
 
     return ours, theirs, check, batch, "episodes/s"
 
@@ -377,9 +389,9 @@ def ppo_sides(folder, size, steps=2, batch=32, new=48):
 def pretraining(rates, folder):
     model = model_of("gpt2")
     tokens = torch.randint(VOCABULARY - 1, (8, 512), generator=torch.Generator().manual_seed(0))
-    optimizer, ranks = common.adam(model, 1e-5), common.Ranks()
-    where = torch.ones_like(tokens, dtype=torch.bool)
-    where[:, -1] = False
+    learners = {dtype: Learner(model, 1e-5, Runtime(RuntimeConfig(device="cpu", precision=name)))
+                for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16"))}
+    positions = torch.arange(tokens.shape[1] - 1).repeat(len(tokens), 1)
     c = model.config
     # 6 FLOP a parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
     flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
@@ -387,10 +399,9 @@ def pretraining(rates, folder):
     result = {}
     for dtype, rate in rates.items():
         def step():
-            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-                loss, count = sft.masked_loss(model, tokens, where)
-            (loss / count).backward()
-            common.update(optimizer, model, 1e-5, ranks)
+            learner = learners[dtype]
+            learner.backward(-learner(tokens, positions).mean())
+            learner.step(1e-5)
         step(), step()
         taken = statistics.median(seconds(step) for _ in range(3))
         result[dtype] = tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate

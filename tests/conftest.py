@@ -17,11 +17,12 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
-import common
 import evaluate
 import ppo
 import reward
 import sft
+from common.run import Run
+from common.runtime import Runtime, RuntimeConfig
 from data import collect, readers
 from data.tinyworld import prepare
 from data.tokenizer import Tokenizer
@@ -64,12 +65,12 @@ class Bigram(torch.nn.Module):
     def unembed(self, hidden):
         return hidden
 
-    def forward(self, tokens, where=None, temperature=1.0):
+    def forward(self, tokens, positions=None, temperature=1.0):
         logits = self.hidden(tokens)
-        if where is None:
+        if positions is None:
             return logits
-        logprobs = (logits / temperature).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        return logprobs[where[:, :-1]]
+        logprobs = (logits / temperature).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (B, T - 1)
+        return logprobs.gather(1, positions)
 
 
 def share_of_a():
@@ -94,10 +95,21 @@ def save(model, path, tokenizer, **config):
     """A checkpoint as a stage leaves it."""
     @dataclass(frozen=True)
     class Config:
-        out: str = ""
+        out: str = str(Path(path).parent)
+        data: str = "letters"
 
-    run = common.Run(Path(path).parent, Config(), common.Ranks(common.Machine(device="cpu")))
-    run.save_model(model, "letters", name=Path(path).name, tokenizer=tokenizer.fingerprint)
+    run = Run(Config(), Runtime(RuntimeConfig(device="cpu")), tokenizer)
+    run.save_model(model, name=Path(path).name)
+
+
+def cpu(**changes):
+    """The runtime of one process on the CPU."""
+    return Runtime(RuntimeConfig(device="cpu", **changes))
+
+
+def open_run(config, parts=None, save_interval=30.0, runtime=None):
+    """A Run in config.out."""
+    return Run(config, runtime or cpu(), SimpleNamespace(fingerprint="letters"), (), parts, save_interval)
 
 
 def write_lines(path, records):
@@ -198,8 +210,8 @@ def brute_ranking_loss(rewards, ranks):
     terms = []
     for i, j in itertools.combinations(range(len(ranks)), 2):
         if ranks[i] != ranks[j]:
-            w, l = (i, j) if ranks[i] < ranks[j] else (j, i)
-            terms.append(-math.log(1 / (1 + math.exp(-(rewards[w] - rewards[l])))))
+            better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
+            terms.append(-math.log(1 / (1 + math.exp(-(rewards[better] - rewards[worse])))))
     return sum(terms) / len(terms) if terms else 0.0
 
 
@@ -224,7 +236,7 @@ def load_model(kind, path):
 def stop_and_go_on(monkeypatch):
     """stop_and_go_on(main, config, step): a run that saves every step and is killed right after its log line of `step`,
     before that step is saved; then the same again, to its end."""
-    start, log = common.Run.__init__, common.Run.log
+    start, log = Run.__init__, Run.log
 
     def run(main, config, step):
         def log_and_die(self, at, **numbers):
@@ -232,9 +244,12 @@ def stop_and_go_on(monkeypatch):
             if at == step:
                 raise KeyboardInterrupt
 
+        def save_every_step(self, *arguments):
+            start(self, *arguments, save_interval=-1.0)
+
         with monkeypatch.context() as patch:
-            patch.setattr(common.Run, "__init__", lambda self, *rest: start(self, *rest, every=-1.0))
-            patch.setattr(common.Run, "log", log_and_die)
+            patch.setattr(Run, "__init__", save_every_step)
+            patch.setattr(Run, "log", log_and_die)
             with pytest.raises(KeyboardInterrupt):
                 main(config)
         out = Path(config.out)

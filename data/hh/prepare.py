@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[2]))
 
-from common import UserError, launch
-from data import dataset, download
+from common.config import UserError, launch
+from common import download
+from data import dataset
 from data.readers import json_lines
 
 REVISION = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[2]))
 
-from common import UserError, launch
+from common.config import UserError, launch
 from data import dataset
 from data.readers import json_lines
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[2]))
 
-from common import UserError, launch
-from data import dataset, download
+from common.config import UserError, launch
+from common import download
+from data import dataset
 from data.readers import json_lines
 
 REVISION = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
@@ -90,8 +91,11 @@ def walk(tree, where, lang, dropped):
 
 
 def main(config):
-    paths = dataset.find(config.source, (".jsonl", ".jsonl.gz")) if config.source else [
-        download.fetch(f"{download.HUB}/datasets/OpenAssistant/oasst1/resolve/{REVISION}/{FILE}", download.cache() / FILE, SHA256)]
+    if config.source:
+        paths = dataset.find(config.source, (".jsonl", ".jsonl.gz"))
+    else:
+        url = f"{download.HUB}/datasets/OpenAssistant/oasst1/resolve/{REVISION}/{FILE}"
+        paths = [download.fetch(url, download.cache() / FILE, SHA256)]
     dropped = Counter()
     records = [r for path in paths for where, tree in json_lines(path) for r in walk(tree, where, config.lang, dropped)]
     dataset.publish(records, config, dropped)

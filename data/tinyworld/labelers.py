@@ -36,7 +36,10 @@ def assess(prompt, asks, response):
     form, words, mention = asks["form"], words_of(response), asks.get("mention", [])
     found = [w for w in mention if w in words]
     share = len(found) / max(1, len(mention))
-    values = lambda kind: [w for w in words if KIND_OF.get(w) == kind]
+
+    def values(kind):
+        return [w for w in words if KIND_OF.get(w) == kind]
+
     constraint = truth = focus = None
 
     if form in ("story", "ad", "letter"):
@@ -70,7 +73,8 @@ def assess(prompt, asks, response):
         said = set(values(asks["kind"]))
         task, content = bool(said), said == {asks["answer"]}
     elif form == "names":
-        task, content = bool(found), share if set(values("name") + values("town") + values("object")) <= set(mention) else share / 2
+        only_mentioned = set(values("name") + values("town") + values("object")) <= set(mention)
+        task, content = bool(found), share if only_mentioned else share / 2
 
     courtesies = sum(response.count(phrase) for phrase in requests.WARMTH.get(form, requests.COURTESY))
     sentences = sentences_of(response)
@@ -165,7 +169,7 @@ class Labeler:
         return result
 
     def rank(self, prompt, asks, responses, seed):
-        """Ranks from 1, the best; equal ones are tied: impressions 2, 3, 3, 1 give ranks 2, 1, 1, 3."""
+        """Runtime from 1, the best; equal ones are tied: impressions 2, 3, 3, 1 give ranks 2, 1, 1, 3."""
         impressions = self.impressions(prompt, asks, responses, seed)
         order = sorted(set(impressions), reverse=True)
         return [order.index(x) + 1 for x in impressions]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[2]))
 
-from common import UserError, launch
+from common.config import UserError, launch
 from data import cleaning
 from data.readers import write_jsonl, write_tokens
 from data.tinyworld import labelers, requests, web

@@ -68,7 +68,7 @@ def letter(rng):
 
 
 def open_qa(rng):
-    (relation, x), (truth, error) = rng.choice(sorted(FACTS.items()))
+    relation, x = rng.choice(sorted(FACTS))
     question, n = ask(relation, x), rng.choice(NAMES)
     prompt = rng.choice([
         "{q}", "{n} wants to know: {q}", "For my friend {n}: {q}", "Tell me, {l}", "Hello, {n} here. {q}",
@@ -204,7 +204,10 @@ def write(rng, asks, truth=1.0, constraint=1.0, stray=0.0, warm=1.0, slip=0.0):
     err, of keeping the stated constraint, of straying to things nobody asked about, of a warm tone, of a slip in the
     content."""
     warm, keeps, slips, form = rng.random() < warm, rng.random() < constraint, rng.random() < slip, asks["form"]
-    other = lambda kind: rng.choice(KINDS[kind])
+
+    def other(kind):
+        return rng.choice(KINDS[kind])
+
     n, c, o = (asks.get("mention", []) + [None] * 3)[:3]
     tone = rng.choice(WARMTH.get(form, COURTESY)) if warm else ""
     if form == "ad":

@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[2]))
 
-from common import UserError, launch
-from data import dataset, download
+from common.config import UserError, launch
+from common import download
+from data import dataset
 from data.readers import json_lines
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"

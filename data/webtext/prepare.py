@@ -4,8 +4,9 @@ and SFT; or any folder of text.
     python data/webtext/prepare.py --out data/oasst             # downloads 0.7 GB; adds pretrain.*.bin to the dataset there
     python data/webtext/prepare.py --source FOLDER --out data/mine
 
-A source is a .txt file (one document; alone, its end is for validation), a .jsonl or .jsonl.gz file (a "text" a line), or a folder of them. Empty documents
-and those that begin like an earlier one are left out. The vocabulary is the dataset's where there is one, else GPT-2's.
+A source is a .txt file (one document; alone, its end is for validation), a .jsonl or .jsonl.gz file (a "text" per line), or
+a folder of them. Empty documents and those that begin like an earlier one are left out. The vocabulary is the dataset's, if
+it has one, else GPT-2's.
 """
 
 import itertools
@@ -19,8 +20,9 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
-from common import UserError, launch
-from data import dataset, download
+from common.config import UserError, launch
+from common import download
+from data import dataset
 from data.readers import json_lines, write_tokens
 from data.tokenizer import Tokenizer
 

@@ -1,0 +1,97 @@
+"""The command line of every script, and how errors and Ctrl-C end it."""
+
+import argparse
+import dataclasses
+import inspect
+import math
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+
+class UserError(Exception):
+    """An error that the user can fix: printed on one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors raised as UserError and `# comments` allowed in @files."""
+
+    def error(self, message):
+        raise UserError(message)
+
+    def convert_arg_line_to_args(self, line):  # a line of an @file: `--name value  # comment`
+        return line.split("#")[0].split()
+
+
+def number(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def parse_config(Config, argv=None):
+    """Make a command line from a frozen dataclass of hyperparameters and parse it: `--name value`, `--flag` and
+    `--no-flag`, `@file` to read arguments from a file; `--help` shows the comment and default of each field.
+    Raises UserError for an unknown name, a wrong type, or what Config's __post_init__ refuses by ValueError."""
+    source = "".join(inspect.getsource(kind) for kind in reversed(Config.__mro__[:-1]))  # what Config inherits comes first
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    types = get_type_hints(Config)
+    doc = inspect.getdoc(inspect.getmodule(Config)) or ""
+    parser = Parser(description=doc, fromfile_prefix_chars="@", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        help = f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        if types[field.name] is bool:
+            parser.add_argument(f"--{field.name}", default=field.default, action=argparse.BooleanOptionalAction,
+                                help=help)
+        else:
+            kind = types[field.name]
+            parser.add_argument(f"--{field.name}", default=field.default, type=number if kind is float else kind,
+                                help=help, metavar=kind.__name__)
+    try:
+        return Config(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check(condition, message):
+    """ValueError with the message unless the condition holds: for __post_init__ of a Config."""
+    if not condition:
+        raise ValueError(message)
+
+
+def launch(main, Config):
+    """What every script does when run: parse the command line, call main(config); errors in one line."""
+    guard(lambda: main(parse_config(Config)))
+
+
+def guard(work):
+    """Call work(); a UserError is printed on one line, with exit status 2."""
+    name = Path(sys.argv[0]).name
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Interrupt.take)
+    try:
+        work()
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without write permission
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on from the last checkpoint, or starts over where none was made",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM. During a Run the current step is finished and saved first (Run.checkpoint). A second signal, or one
+    at any other time, stops at once."""
+
+    waiting = asked = False  # a Run is in progress; a signal came
+
+    @classmethod
+    def take(cls, number, frame):
+        if not cls.waiting or cls.asked:
+            raise KeyboardInterrupt
+        cls.asked = True

@@ -1,0 +1,232 @@
+"""This process: its rank among those that torchrun started, its device, its precision, and its share of the work.
+
+One process without torchrun is rank 0 of 1. Nothing here knows about RLHF.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import os
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from common import onednn
+from common.config import UserError
+from model import Block
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a stage is run: this changes its speed and memory, and its results by rounding only."""
+    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: the best of a GPU, float32 on a CPU
+    micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
+    shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
+    activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
+    compile: bool = False  # torch.compile the blocks
+    patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
+    resume: bool = True  # resume a stopped run of the same configuration
+
+    def __post_init__(self):
+        if self.precision not in ("auto", *PRECISIONS):
+            raise ValueError(f"--precision is auto or one of {', '.join(PRECISIONS)}")
+        if self.micro_batch < 0 or self.patience < 1:
+            raise ValueError("--micro_batch is at least 0, --patience at least 1")
+
+
+# The settings that a resumed run may change.
+RESUMABLE_CHANGES = {field.name for field in fields(RuntimeConfig)} - {"precision"} | {"out", "save_every"}
+
+
+class Runtime:
+    """Rank, device and precision of this process, and communication with the others."""
+
+    def __init__(self, config=RuntimeConfig()):
+        self.config = config
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = choose_device(config.device, self.local_rank)
+        self.dtype = choose_dtype(config.precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if (self.world_size > 1 or config.shard) and not dist.is_initialized():
+            start_process_group(self.world_size, self.device)
+        if config.shard:
+            self.mesh = init_device_mesh(self.device.type, (self.world_size,))
+            atexit.register(self.mesh._pg_registry.clear)  # else DTensor's caches keep the mesh, and it keeps the group
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    # ---- this rank's share of the work
+
+    def local_rows(self, count):
+        """This rank's share of `count` rows of the global batch, as a slice."""
+        return slice(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
+
+    def micro_batches(self, rows, count, length):
+        """Split `rows`, this rank's share of `count` rows of the global batch, into lists of at most --micro_batch rows:
+        rows of similar length together, so that little is padding; the same number of lists on every rank."""
+        n = self.num_micro_batches(count)
+        rows = sorted(rows, key=length) if n > 1 else rows
+        return [rows[i * len(rows) // n : (i + 1) * len(rows) // n] for i in range(n)]
+
+    def num_micro_batches(self, count):
+        return -(-count // (self.world_size * self.config.micro_batch)) if self.config.micro_batch else 1
+
+    def check_batch_size(self, count, flag):
+        """UserError if a rank would have no row in some micro-batch."""
+        if count // self.world_size < self.num_micro_batches(count):
+            detail = f" in a --micro_batch of {self.config.micro_batch}" if self.config.micro_batch else ""
+            raise UserError(f"--{flag}: {count} rows a step leave some of {self.world_size} ranks without one{detail}")
+
+    def local_batches(self, items, batch_size):
+        """This rank's part of the items in lists of at most `batch_size`, the same number on every rank: (list, True). A rank
+        without items left gets (the first item, False), so that all ranks make the same collective calls."""
+        for i in range(0, len(items), batch_size * self.world_size):
+            group = items[i : i + batch_size * self.world_size]
+            mine = group[self.local_rows(len(group))]
+            yield (mine, True) if mine else (items[:1], False)
+
+    def distribute(self, count, work):
+        """[work(0), ..., work(count - 1)], each computed by one rank and returned on all."""
+        results = self.all_gather([(i, work(i)) for i in range(self.rank, count, self.world_size)])
+        return [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+    # ---- communication
+
+    def all_reduce(self, *numbers):
+        """Each number (a float or a 0-d tensor) summed over all ranks, as a list of floats."""
+        total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device).detach() for n in numbers])
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def all_gather(self, items):
+        """A list from each rank -> the concatenation in rank order, on every rank."""
+        if self.world_size == 1:
+            return items
+        lists = [None] * self.world_size
+        dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def once_per_machine(self, work):
+        """Call work() on one rank of each machine first, then on its others, which find its result (a download)."""
+        result = work() if self.local_rank == 0 else None
+        self.barrier()
+        return result if self.local_rank == 0 else work()
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    # ---- models
+
+    def place(self, model):
+        """Put the model on this rank's device; with --shard, a part of it."""
+        if self.config.activation_checkpointing:
+            for block in model.blocks:
+                block.__class__ = CheckpointedBlock
+        if self.device.type == "cpu":
+            onednn.accelerate(model)
+        if self.config.compile:
+            for block in model.blocks:
+                block.compile(dynamic=True)
+        if not self.config.shard:
+            return model.to(self.device)
+        mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        for block in model.blocks:  # gathered one block at a time and freed after use
+            fully_shard(block, mesh=self.mesh, mp_policy=mixed, reshard_after_forward=True)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)  # embeddings and last layer, in float32
+        with torch.no_grad():  # the first forward pass decides which module is the root: it must not be a block's
+            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        return model
+
+    def autocast(self):
+        """Matrix products in --precision, from float32 weights, except the last layer's (model.LastLayer)."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def sampling(self, model):
+        """Inside, model.generate may be called. Yields its `count_unfinished` if ranks share the weights, else None."""
+        with self.autocast():
+            if isinstance(model, FSDPModule):
+                model.unshard()  # the embeddings and the last norm; blocks are gathered as they are called
+                yield lambda count: self.all_reduce(count)[0]
+                model.reshard()
+            else:
+                with onednn.packed(model):
+                    yield None
+
+
+def local_sum(*numbers):
+    """What Runtime.all_reduce is for a single rank."""
+    return numbers
+
+
+class CheckpointedBlock(Block):
+    """A block that keeps only its input for the backward pass, and recomputes the rest."""
+
+    def forward(self, x, cache=None, layer=0):
+        if torch.is_grad_enabled():
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x, cache, layer)
+
+
+def choose_device(name, local_rank):
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def choose_dtype(precision, device):
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return PRECISIONS["float32" if precision == "auto" else precision]
+
+
+def start_process_group(world_size, device):
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("--shard spreads a model over processes: start it with torchrun")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # After a restart by torchrun the store still has the addresses of the dead ranks: use another prefix.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    atexit.register(stop_process_group)
+
+
+def stop_process_group():
+    """At exit. gloo's threads live as long as anything refers to the group; one that is still alive while Python shuts down
+    sometimes aborts the process (SIGABRT)."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """Linux's malloc returns large blocks to the kernel when they are freed, and the next tensor of that size waits for new,
+    zeroed pages: a quarter of the time of a step at 124M parameters."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        never_trim, never_map = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        for parameter, value in (never_trim, never_map):
+            ctypes.CDLL(None).mallopt(parameter, value)
