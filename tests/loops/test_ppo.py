@@ -1,6 +1,5 @@
 """PPO's rollouts and updates: the real loop on eight letters. The math has its own tests, in tests/math."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -76,10 +75,11 @@ def test_ppo_and_the_reward_models_training_read_the_same_tokens(letters, scored
     torch.testing.assert_close(rollout.scores, readers.last_scores(reward_model, examples, END, "cpu").detach())
 
 
-def test_a_different_last_token_has_a_different_score():  # pitfall 6
+def test_a_score_is_read_at_the_end_of_text_and_not_at_the_token_before_it():  # pitfall 6
     model = random_gpt(kind=ScalarModel)
-    a, b = readers.last_scores(model, [([1], [2, END]), ([1], [2, 3, END])], END, "cpu")
-    assert abs(a - b) > 1e-3
+    (score,) = readers.last_scores(model, [([1], [2, END])], END, "cpu")
+    before, end = model(torch.tensor([[1, 2, END]]))[0, 1:]
+    assert score.item() == pytest.approx(end.item(), abs=1e-5) and abs(score - before) > 1e-3
 
 
 # ---------------------------------------------------------------- the real loop
