@@ -145,7 +145,8 @@ def load_reward_models(config, tokenizer, runtime):
     reward_models = {"reward model": load(path, "make reward")}
     if config.judge:
         reward_models["judge"] = load(config.judge, "reward.py")
-        check_heads(config.judge, path)
+        policies = [f"{config.out}/{entry.run}/model.pt" for entry in MODELS if entry.ppo_log]
+        check_heads(config.judge, path, [policy for policy in policies if Path(policy).is_file()])
     return reward_models
 
 

@@ -9,7 +9,7 @@ The environment is a bandit: a prompt arrives, the policy writes a response, the
 it, and the episode ends.
 
     objective = E_(x, y)~policy [ r(x, y) - beta log(policy(y|x) / sft(y|x)) ]
-                + gamma E_x~pretraining [ log policy(x) ]
+                + ptx_coef E_x~pretraining [ log policy(x) ]
 
 Not in the paper: clipped values, whitened advantages, clipped gradients, a penalty for truncated
 responses. Departures: the reward and value models are as large as the policy (the paper: always
@@ -50,7 +50,7 @@ class Config(RuntimeConfig):
     lr: float = 3e-4  # of the policy, constant after a warmup over 10 iterations (C.4)
     value_lr: float = 3e-4  # of the value model (C.4: 9e-6)
     beta: float = 0.1  # KL coefficient (C.4: 0.02)
-    ptx_coef: float = 0.5  # gamma of the objective (C.4: 27.8); 0 is plain PPO
+    ptx_coef: float = 0.5  # weight of pretraining (C.4: gamma = 27.8); 0: plain PPO
     ptx_rows: float = 1.0  # rows of pretraining text per episode (C.4: 8)
     gamma: float = 1.0  # discount (C.4: none)
     lam: float = 0.95  # lambda of GAE (C.4)

@@ -31,8 +31,8 @@ class Config:
     models: str = "out/ppo"  # run folders, checkpoints or GPT-2 weights as transformers saves them, comma-separated
     prompt: str = ""  # the question; without it, questions are read from the terminal
     data: str = ""  # the dataset's folder; default: the one that the first model was trained on
-    reward: str = "out/reward"  # the reward model; if it does not exist, nothing is scored
-    reference: str = "out/sft"  # --tokens: the SFT model, from which the KL penalty is measured
+    reward: str = ""  # the reward model; default: the first model's own, else the folder reward next to it, if any
+    reference: str = ""  # --tokens: the SFT model of the KL penalty; default: the one that the policy started from
     n: int = 1  # answers per model
     temperature: float = 1.0  # 0 takes the most likely token
     max_new_tokens: int = 48  # the longest response
@@ -44,12 +44,22 @@ class Config:
     def __post_init__(self):
         check(min(self.n, self.max_new_tokens) >= 1 and self.temperature >= 0,
               "--n and --max_new_tokens are at least 1, --temperature is at least 0")
+        check(all(self.models.split(",")), "--models has an empty name")
 
 
 def checkpoint_of(path):
     """A run's folder -> its model.pt; anything else is a checkpoint, or GPT-2 weights."""
     model = Path(path) / "model.pt"
     return str(model) if model.is_file() else path
+
+
+def related(given, first, name, sibling):
+    """The model that goes with the first one: `given`, or what its run says under `name`, or the folder next to it."""
+    if given:
+        return given
+    path = Path(checkpoint_of(first))
+    recorded = load_checkpoint(path, "make ppo")["config"].get(name, "") if path.suffix == ".pt" else ""
+    return recorded if Path(recorded).is_file() else str(Path(first).parent / sibling)
 
 
 def questions(config):
@@ -83,20 +93,21 @@ def sample_answers(model, prompt, question, config, runtime):
 @torch.no_grad()
 def score_of(reward_model, prompt, response, end, runtime):
     """The reward model's score, at an end of text."""
-    ended = response if response[-1] == end else response + [end]
     with runtime.autocast():
-        return readers.last_scores(reward_model, [(prompt, ended)], end, runtime.device).item()
+        return readers.last_scores(reward_model, [(prompt, response)], end, runtime.device).item()
 
 
 @torch.no_grad()
 def token_table(policy, ref_policy, reward_model, value_model, settings, prompt, response, end, runtime):
     """What PPO computes for one response of R tokens -> {column: R numbers}: the reward is the KL penalty and, at the
-    last token, the score; advantage and return are GAE's, before whitening. `settings` has beta, gamma and lam."""
+    last token, the score; advantage and return are GAE's, before whitening. `settings`: the config of ppo.py's run."""
     batch = readers.make_batch([(prompt, response)], end, runtime.device)
     with runtime.autocast():
-        logprobs, ref_logprobs = (model(batch.tokens, batch.positions) for model in (policy, ref_policy))  # (1, R)
+        logprobs, ref_logprobs = (model(batch.tokens, batch.positions, settings["temperature"])
+                                  for model in (policy, ref_policy))  # (1, R)
         values = value_model(batch.tokens, batch.positions)  # (1, R)
-    score = torch.tensor([score_of(reward_model, prompt, response, end, runtime)], device=runtime.device)  # (1,)
+    penalty = settings["truncation_penalty"] if response[-1] != end else 0.0
+    score = torch.tensor([score_of(reward_model, prompt, response, end, runtime) - penalty], device=runtime.device)
     rewards = kl_penalized_rewards(score, logprobs, ref_logprobs, batch.mask, settings["beta"])  # (1, R)
     advantages, returns = gae(rewards, values, batch.mask, settings["gamma"], settings["lam"])  # (1, R) each
     columns = {"log p": logprobs, "log p SFT": ref_logprobs, "KL": logprobs - ref_logprobs, "reward": rewards,
@@ -107,11 +118,10 @@ def token_table(policy, ref_policy, reward_model, value_model, settings, prompt,
 def show_tokens(config, policy, prompt, response, tokenizer, runtime, load):
     """Print the table of one response; with --html, also write the page."""
     folder, end = Path(config.models.split(",")[0]), tokenizer.end_of_text
-    if not (folder / "value.pt").is_file():
-        raise UserError(f"{folder}/value.pt is missing: --tokens takes the folder of a ppo.py run, "
-                        "which leaves its value function")
     settings = load_checkpoint(folder / "model.pt", "make ppo")["config"]
-    others = load(GPT, config.reference), load(ScalarModel, config.reward), load(ScalarModel, folder / "value.pt")
+    reward, reference = (related(given, folder, name, sibling) for given, name, sibling in (
+        (config.reward, "reward", "reward"), (config.reference, "policy", "sft")))
+    others = load(GPT, reference), load(ScalarModel, reward), load(ScalarModel, folder / "value.pt")
     table = token_table(policy, *others, settings, prompt, response, end, runtime)
     texts = ["<end>" if token == end else tokenizer.decode([token]) for token in response]
     print(f"{'token':<16}" + "".join(f"{name:>11}" for name in table))
@@ -132,16 +142,25 @@ def main(config):
         return runtime.place(load_model(kind, checkpoint_of(path), "make", tokenizer, dropout=0.0)).eval()
 
     models = {path: load(GPT, path) for path in paths}
-    reward_model = load(ScalarModel, config.reward) if Path(checkpoint_of(config.reward)).is_file() else None
+    show = config.tokens or config.html
+    if show and not (Path(paths[0]) / "value.pt").is_file():
+        raise UserError(f"{paths[0]}/value.pt is missing: --tokens takes the folder of a ppo.py run, "
+                        "which leaves its value function")
+    reward = related(config.reward, paths[0], "reward", "reward")
+    reward_model = load(ScalarModel, reward) if Path(checkpoint_of(reward)).is_file() else None
     for question, text in enumerate(questions(config)):
         prompt = tokenizer.encode(as_prompt(text, data))
+        longest = min(model.config.context for model in models.values()) - config.max_new_tokens
+        if len(prompt) > longest and not config.prompt:
+            print(f"the question has {len(prompt)} tokens; at most {longest} fit")
+            continue
         for path, model in models.items():
             for i, response in enumerate(sample_answers(model, prompt, question, config, runtime)):
                 line = (f"{path}: " if len(models) > 1 else "") + tokenizer.decode(response).strip()
                 if reward_model is not None:
                     line += f"  [score {score_of(reward_model, prompt, response, tokenizer.end_of_text, runtime):+.2f}]"
                 print(line)
-                if (config.tokens or config.html) and path == paths[0] and i == 0:
+                if show and path == paths[0] and i == 0:
                     show_tokens(config, model, prompt, response, tokenizer, runtime, load)
 
 

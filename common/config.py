@@ -79,7 +79,7 @@ def guard(work):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from the last checkpoint, or starts over where none was made",
+        print(f"{name}: stopped; a run resumes from its last checkpoint, if any, by the same command",
               file=sys.stderr)
         sys.exit(130)
 

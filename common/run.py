@@ -45,7 +45,7 @@ class Run:
         self.inputs = {str(path): files.digest(path) for path in inputs}
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESUMABLE_CHANGES}
         for path in map(Path, inputs):
-            if path.suffix == ".pt" and path.resolve().parent == self.folder.resolve():
+            if path.suffix == ".pt" and self.folder.resolve() in path.resolve().parents:
                 raise UserError(f"--out {config.out}: the run would replace {path}, which it starts from; choose another folder")
         if runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +122,8 @@ class Run:
         for name, digest in self.inputs.items():
             if inputs.get(name) != digest:
                 raise UserError(f"{path} is of a run on another {name}; --no-resume starts over")
+        if any(f"{name} learner" not in state for name in self.learners):
+            raise UserError(f"{path} is of an earlier version; --no-resume starts over")
         if self.runtime.is_main and path is not paths[0]:
             print(f"{paths[0]} is damaged; resuming from the one before")
             paths[0].rename(paths[0].with_suffix(".damaged"))  # so that it does not replace the good one
@@ -175,12 +177,12 @@ class Run:
         return progress_bar(self.runtime, start, steps, str(self.folder))
 
     def save_model(self, model, name="model.pt", **more):
-        """Weights, model config, the run's config and the dataset, for the next stage."""
+        """Weights, model config, the run's config, dataset and inputs, for the next stage."""
         weights = get_model_state_dict(model, options=SAVE)
         if self.runtime.is_main:
             files.save(self.folder / name, {
                 "model": weights, "model_config": dataclasses.asdict(model.config), "config": self.config,
-                "data": self.data, "tokenizer": self.tokenizer.fingerprint, **more})
+                "data": self.data, "tokenizer": self.tokenizer.fingerprint, "inputs": self.inputs, **more})
         self.runtime.barrier()
 
     def finish(self):

@@ -250,6 +250,8 @@ def publish(records, config, dropped):
         trained = [text for text in dict.fromkeys(own("train")) if text not in held_out]
         write_tokens(out / "pretrain.train.bin", trained, tokenizer)
         write_tokens(out / "pretrain.valid.bin", held_out, tokenizer)
+    elif (out / "pretrain.train.bin").is_file():
+        print(f"{out}/pretrain.*.bin is kept from before; if it was made with --own_text, it may contain this split's held-out texts")
     tokenizer.save(out / "judge")
     tokenizer.save(out)
     report(files, sides, strangers, total, dropped, tokenizer, out)

@@ -81,38 +81,59 @@ def key_of(path):
 
 
 def read_table(path):
-    """-> (the table's rows as {column: cell}, what `write` put into the key)."""
+    """-> the table's rows as {column: cell}."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text, newline="")))
-        key = json.loads(key_of(path).read_text())
-        key["sides"], key["models"]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a table in UTF-8 with commas between the columns ({error})") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{key_of(path)} is damaged: without it nobody knows whose responses are whose") from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if not {"pair", "preferred"} <= set(header):
         raise UserError(f"{path}: its first line has no columns `pair` and `preferred`, with a comma between")
-    return [dict(zip(header, (cell.strip() for cell in row))) for row in rows[1:]], key
+    return [dict(zip(header, (cell.strip() for cell in row))) for row in rows[1:]]
+
+
+def read_key(path):
+    """What `write` put into the key of this table. UserError if it is missing or damaged."""
+    try:
+        key = json.loads(key_of(path).read_text())
+        if all(isinstance(side, list) and len(side) >= 2 and all(isinstance(text, str) for text in side)
+               for side in key["sides"].values()) and isinstance(key["models"], dict):
+            return key
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{key_of(path)} is missing or damaged: without it nobody knows whose responses are whose")
+
+
+def same_pair(row, texts):
+    """Whether a row shows a pair with these texts (prompt, first and second response), as far as it shows them: at least two
+    of the three must be equal, since spreadsheets change some texts."""
+    def plain(text):
+        return "".join(text.encode("utf-8", "replace").decode().split()).lstrip("'")
+
+    equal = [plain(row[column]) == plain(text) for column, text in zip(("prompt", "first", "second"), texts) if column in row]
+    return len(equal) < 3 or sum(equal) >= 2
 
 
 def read(path, baseline, models):
     """What people answered -> {model: its Answers, one per pair}; {} if there is no table or nobody has filled it in.
     UserError names what cannot be understood."""
     path = Path(path)
-    if not path.is_file() or not key_of(path).is_file():
+    if not path.is_file():
         return {}
-    rows, key = read_table(path)
+    rows = [row for row in read_table(path) if row.get("preferred", "").lower() not in ("", "preferred")]  # judged
+    if not rows:
+        return {}
+    key = read_key(path)
     wins = defaultdict(list)  # pair: how much of a win for the model, one number per person
     for row in rows:
-        pair, preferred = row.get("pair", ""), row.get("preferred", "").lower()
-        if preferred in ("", "preferred"):  # not judged; or the first line of another table
-            continue
+        pair, preferred = row.get("pair", ""), row["preferred"].lower()
         if preferred not in WIN_OF_FIRST:
             raise UserError(f"{path}: pair {pair}: {preferred!r} is none of first, second, tie")
         if pair not in key["sides"]:
             raise UserError(f"{path}: {pair!r} is no pair of this table")
+        if not same_pair(row, key["sides"][pair][3:]):
+            raise UserError(f"{path}: pair {pair} has other texts than in {key_of(path).name}, which belongs to another table")
         win = WIN_OF_FIRST[preferred]
         wins[pair].append(1 - win if key["sides"][pair][0] == baseline else win)
     if wins and key["models"] != models:

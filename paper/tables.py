@@ -132,8 +132,8 @@ def tax_rows(tasks, changes):
 
 # ---------------------------------------------------------------- sections of report.md
 
-ABOUT_WORLD = ("the labelers are programs (data/tinyworld/labelers.py). Intervals are 95%; ± 0 only means that all "
-               "items were alike. Rates and tasks are judged by the world's rules, without a labeler's noise.")
+ABOUT_WORLD = ("the labelers are programs (data/tinyworld/labelers.py). Intervals are 95%; ± 0 says nothing: all "
+               "items were alike, or of one customer. Rates and tasks are judged by the world's rules, without a labeler's noise.")
 ABOUT_JUDGES = {
     "judge": "The judge is a reward model, but not the one that trained the policies. It is no person: it started from "
              "the same SFT model and may share its mistakes.",

@@ -328,14 +328,14 @@ def test_a_finished_run_waits_in_before_until_the_next_one_is_finished(tmp_path,
     assert names(folder) == ["epoch4.pt", "log.jsonl", "model.pt", "samples.txt"]
 
 
-@pytest.mark.parametrize("name", ["model.pt", "epoch2.pt"])
+@pytest.mark.parametrize("name", ["model.pt", "epoch2.pt", "before/model.pt"])
 def test_a_run_that_would_replace_the_model_it_starts_from_is_refused(letters, name):
     path = letters.out / "sft" / name
     save(random_gpt(), path, letters.tokenizer)
     before = path.read_bytes()
     with pytest.raises(UserError, match=f"sft: the run would replace .*{name}, which it starts from; choose another folder"):
         sft.main(letters.sft(init=str(path)))
-    assert path.read_bytes() == before and os.listdir(path.parent) == [name]
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
 def test_going_on_with_another_configuration_is_an_error_that_names_the_field(tmp_path):

@@ -370,13 +370,39 @@ def test_a_table_without_its_columns_is_refused(one_pair, text):
         one_pair.read()
 
 
+def test_judged_pairs_without_a_key_are_refused_and_kept(one_pair):
+    fill_in(one_pair.path, lambda row: "first")
+    before = one_pair.path.read_bytes()
+    pairs.key_of(one_pair.path).unlink()
+    with pytest.raises(UserError, match="pairs.key.json is missing"):
+        one_pair.read()
+    assert one_pair.path.read_bytes() == before
+
+
+def test_a_table_is_not_read_with_the_key_of_another(one_pair):
+    fill_in(one_pair.path, lambda row: "first")
+    key = json.loads(pairs.key_of(one_pair.path).read_text())
+    key["sides"]["1"][3:] = ["another prompt", "another response", key["sides"]["1"][5]]
+    pairs.key_of(one_pair.path).write_text(json.dumps(key))
+    with pytest.raises(UserError, match="pair 1 has other texts than in pairs.key.json"):
+        one_pair.read()
+
+
+@pytest.mark.parametrize("sides", [5, [1], {"1": 5}, {"1": ["PPO"]}, {"1": ["PPO", 3]}], ids=str)
+def test_a_damaged_key_is_refused_in_one_line(one_pair, sides):
+    fill_in(one_pair.path, lambda row: "first")
+    pairs.key_of(one_pair.path).write_text(json.dumps({"models": {}, "sides": sides}))
+    with pytest.raises(UserError, match="pairs.key.json is missing or damaged"):
+        one_pair.read()
+
+
 def test_a_table_in_another_encoding_or_without_its_key_is_refused(one_pair):
     one_pair.path.write_bytes("pair,preferred\n1,pr\u00e9f\u00e9r\u00e9\n".encode("latin-1"))
     with pytest.raises(UserError, match="not a table in UTF-8"):
         one_pair.read()
     one_pair.path.write_text("pair,preferred\n1,first\n")
     pairs.key_of(one_pair.path).write_text("{}")
-    with pytest.raises(UserError, match="pairs.key.json is damaged"):
+    with pytest.raises(UserError, match="pairs.key.json is missing or damaged"):
         one_pair.read()
 
 
@@ -398,6 +424,19 @@ def test_a_reward_model_that_started_from_the_same_random_head_can_not_judge(aga
         evaluate.main(dataclasses.replace(again, judge=str(tmp_path / "same/model.pt")))
     reward.main(dataclasses.replace(same, seed=1))  # another head
     evaluate.main(dataclasses.replace(again, judge=str(tmp_path / "same/model.pt")))
+
+
+def test_a_judge_needs_the_reward_model_that_trained_the_policies(tmp_path):  # pitfall 41
+    checkpoint = {"model": {}, "model_config": {}}
+    for number, name in enumerate(("judge", "reward", "other")):
+        common.files.save(tmp_path / f"{name}.pt", checkpoint | {"head_seed": number})
+    for name, trained_by in (("policy", "reward"), ("stray", "other")):
+        inputs = {"out/reward/model.pt": common.files.digest(tmp_path / f"{trained_by}.pt")}
+        common.files.save(tmp_path / f"{name}.pt", checkpoint | {"inputs": inputs})
+    check = [tmp_path / "judge.pt", tmp_path / "reward.pt"]
+    judges.check_heads(*check, [tmp_path / "policy.pt"])
+    with pytest.raises(UserError, match="stray.pt was not trained with .*reward.pt"):
+        judges.check_heads(*check, [tmp_path / "policy.pt", tmp_path / "stray.pt"])
 
 
 def test_the_interval_of_peoples_pairs_is_over_the_users_of_their_prompts(again, small):  # pitfall 45

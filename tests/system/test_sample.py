@@ -82,7 +82,7 @@ def test_the_token_table_holds_what_ppo_computes(config, chain, capsys, tmp_path
     score = load_model(ScalarModel, chain.out / "reward/model.pt")(torch.tensor([prompt + ended]))[0, -1].item()
     beta, lam = 0.1, 0.95  # ppo.py's defaults; no discount
     rewards = [-beta * (a - b) for a, b in zip(logprobs, ref)]
-    rewards[-1] += score
+    rewards[-1] += score - (response[-1] != tokenizer.end_of_text)  # ppo.py's default penalty for a truncated response is 1
     advantage, expected = 0.0, []
     for t in reversed(range(len(response))):
         following = values[t + 1] if t + 1 < len(values) else 0.0
