@@ -20,7 +20,7 @@ import sft
 from common.config import UserError
 from common.run import load_checkpoint, load_model
 from conftest import ROOT, read_log
-from data import export, pairs
+from data import export, judges, pairs
 from data.judges import People, RewardModelJudge
 from data.oasst import prepare
 from data.tokenizer import Tokenizer
