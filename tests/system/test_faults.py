@@ -573,7 +573,7 @@ def test_sigterm_and_ctrl_c_finish_the_step_and_the_same_command_goes_on(letters
         assert process.returncode == 130, stderr
         assert "Traceback" not in stderr
         said = [line for line in re.split("[\r\n]", stderr) if line.strip() and "it/s" not in line and "?it" not in line]
-        assert len(said) == 1 and said[0].startswith("sft.py: stopped; the same command goes on from the last checkpoint")
+        assert len(said) == 1 and said[0].startswith("sft.py: stopped; a run resumes from its last checkpoint")
         assert common.files.load(folder / "resume.pt")["step"] == lines_in(folder) == len(read_log(folder)) < 100
     again = {number: start(number.name) for number in running}
     sft.main(whole)
