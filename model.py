@@ -4,8 +4,7 @@ and values, and sampling with a KV cache.
 Architecture: Radford et al. 2019, section 2.3, and Brown et al. 2020, section 2.1 (all attention
 layers dense). The paper's models are this network with 1.3B, 6B and 175B parameters (3.4 and C).
 
-Shapes: B rows, T tokens, R response tokens, C width, H heads, D = C / H, V vocabulary, S slots of
-the KV cache.
+Shapes: B rows, T tokens, R response tokens, C width, H heads, D = C / H, V vocabulary, S slots.
 """
 
 import math
@@ -86,11 +85,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(4 * config.width, config.width),
-        )
+        C = config.width
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(approximate="tanh"),
+                                 nn.Linear(4 * C, C))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, layer=0):
@@ -242,7 +239,6 @@ class KVCache:
         self.used, self.lengths = prompt_slots, lengths  # (B,) the position of the next token
 
     def keep(self, rows):
-        """Select rows; one may be repeated."""
         self.keys_values, self.mask = self.keys_values[:, :, rows], self.mask[rows]
         self.lengths = self.lengths[rows]
 
@@ -269,7 +265,7 @@ def sample_tokens(logits, uniforms, temperature):
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
-    thresholds = uniforms.double()[:, None] * cdf[:, -1:]  # (B, 1)
+    thresholds = uniforms.double()[:, None] * cdf[:, -1:]  # (B, 1); the last is 1 up to rounding
     return torch.searchsorted(cdf, thresholds, right=True).squeeze(-1).clamp_(max=cdf.shape[-1] - 1)
 
 

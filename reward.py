@@ -62,7 +62,6 @@ def ranking_loss(rewards, ranks):
 
 
 def has_pairs(ranks):
-    """Whether any two of the ranks (K,) differ."""
     return bool((ranks != ranks[0]).any())
 
 
