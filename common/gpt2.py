@@ -64,10 +64,10 @@ def rename(config, weights, path):
         w = weights.get(theirs)
         if w is None:
             raise ValueError(f"{path}: {theirs} is missing")
-        w = (w.T if is_transposed(name) and w.dim() == 2 else w).contiguous()
+        w = w.T if is_transposed(name) and w.dim() == 2 else w
         if tuple(w.shape) != expected(name) or not w.is_floating_point():
             raise ValueError(f"{path}: {theirs} is not of the shape or type that config.json asks for")
-        ours[name] = w
+        ours[name] = w.clone(memory_format=torch.contiguous_format)  # safetensors maps the file, which may be overwritten
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in ours.values()) else torch.float32
     return {name: w.to(dtype) for name, w in ours.items()}
 
@@ -142,6 +142,14 @@ def read_safetensors(path):
         raise ValueError(f"{path} is cut short, damaged or no safetensors file") from None
 
 
+def write_safetensors(path, weights):
+    library = safetensors()
+    try:
+        library.save_file(weights, path, {"format": "pt"})
+    except library.SafetensorError as error:  # a full disk, too
+        raise OSError(str(error)) from None
+
+
 def read_pickle(path):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
@@ -213,6 +221,6 @@ def write(folder, config, weights, **more):
                   eos_token_id=end, tie_word_embeddings=True,
                   dtype=str(weights["transformer.wte.weight"].dtype).removeprefix("torch.")) | more
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    library, folder = safetensors(), Path(folder)
-    write_atomically(folder / "model.safetensors", lambda path: library.save_file(weights, path, {"format": "pt"}))
+    folder = Path(folder)
+    write_atomically(folder / "model.safetensors", lambda path: write_safetensors(path, weights))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))

@@ -75,7 +75,8 @@ sys.path.insert(0, sys.argv[1])
 import evaluate, model, ppo, reward, sft
 from data import collect
 if "WORLD_SIZE" in os.environ:
-    model.LOGITS = 27  # of 3 positions: piece by piece
+    assert model.MAX_LOGITS > 27
+    model.MAX_LOGITS = 27  # those of 3 positions, so that log-probabilities are computed piece by piece
 for stage, changes in json.load(open(sys.argv[2])):
     module = globals()[stage]
     module.main(module.Config(**changes))

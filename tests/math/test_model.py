@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import model as model_module
-from conftest import random_gpt
+from conftest import random_gpt, same
 from common.onednn import accelerate, linear, packed
-from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, sample_tokens
+from model import GPT, PRESETS, GPTConfig, LastLayer, ScalarModel, generate, sample_tokens
 
 END = 8
 
@@ -137,6 +137,7 @@ def test_float32_products_by_onednn_are_those_of_float64():
         wide = [t.double().requires_grad_() for t in (x, w, b) if t is not None]
         g = torch.randn(2, rows, outputs)
         a, c = linear(*narrow), torch.nn.functional.linear(*wide)
+        assert (a.grad_fn.name() == "ProductBackward") == (rows == 300)
         assert a.dtype == torch.float32 and a.layout == torch.strided
         torch.testing.assert_close(a, c.float(), rtol=1e-4, atol=1e-3)
         a.backward(g)
@@ -165,10 +166,22 @@ def test_under_autocast_weights_are_packed_in_bf16_but_the_unembedding_in_float3
                 assert getattr(weight, "packed", torch.empty(0, dtype=expected)).dtype == expected
 
 
+def test_accelerated_models_have_the_same_parameters_and_only_layers_of_onednn():
+    for kind in (GPT, ScalarModel):
+        model, plain = random_gpt(kind=kind), random_gpt(kind=kind)
+        accelerate(model)
+        assert same(model.state_dict(), plain.state_dict())
+        for module, before in zip(model.modules(), plain.modules()):
+            assert (type(module) is not type(before)) == isinstance(before, (torch.nn.Linear, LastLayer))
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype):  # pitfall 42
+def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype, accelerated):  # pitfall 42
     for kind in (GPT, ScalarModel):
         model = random_gpt(kind=kind)
+        if accelerated:
+            accelerate(model)
         weight, bias = (model.tokens.weight, 0) if kind is GPT else (model.head.weight, model.head.bias)
         with torch.no_grad():
             model.norm.bias.add_(100 * weight[0])  # numbers far from 0, as GPT-2's logits are
@@ -182,8 +195,11 @@ def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype):  # pit
         torch.testing.assert_close(result, expected.view(result.shape).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_logprobs_under_autocast_do_not_depend_on_how_far_from_zero_the_logits_lie():  # pitfall 42
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_logprobs_under_autocast_do_not_depend_on_how_far_from_zero_the_logits_lie(accelerated):  # pitfall 42
     near = random_gpt()
+    if accelerated:
+        accelerate(near)
     far = copy.deepcopy(near)
     with torch.no_grad():  # the last position of every vector: the same for all tokens, so it shifts logits and no more
         for model, shift in ((near, 0.0), (far, -100.0)):

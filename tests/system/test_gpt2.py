@@ -9,6 +9,7 @@ import pickle
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -237,6 +238,30 @@ def test_weights_that_went_in_come_out_to_the_bit(size, tmp_path):
     assert same(*(safetensors.torch.load_file(tmp_path / way / "model.safetensors") for way in ("in", "out")))
     again = GPT.from_gpt2(tmp_path / "out")
     assert same(again.state_dict(), ours.state_dict()) and again.config == ours.config
+
+
+def test_a_full_disk_during_an_export_is_named_and_the_old_files_stay(tmp_path):
+    old = random_gpt(seed=1)
+    old.save_gpt2(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(UserError, match="^[^\n]*model.safetensors could not be written: [^\n]*$"):
+            random_gpt(seed=2).save_gpt2(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+    assert same(GPT.from_gpt2(tmp_path).state_dict(), old.state_dict())
+
+
+def test_weights_that_were_read_do_not_change_when_their_file_does(tmp_path):
+    random_gpt().save_gpt2(tmp_path)
+    ours, file = GPT.from_gpt2(tmp_path), tmp_path / "model.safetensors"
+    with open(file, "r+b") as opened:  # in place, as cp does
+        opened.write(bytes(file.stat().st_size))
+    assert same(ours.state_dict(), random_gpt().state_dict())
 
 
 def test_greedy_generation_says_what_transformers_says(tmp_path):
