@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
-MAX_LOGITS = 2**23  # maximum number of logits held in memory at once: 32 MiB in float32
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between checks for finished rows: each waits for a GPU
 
 
@@ -160,17 +158,9 @@ class GPT(Trunk):
         return self.logprobs(hidden, targets, temperature)
 
     def logprobs(self, hidden, targets, temperature=1.0):
-        """log softmax(logits / temperature) at the targets: hidden (B, R, C), targets (B, R) ->
-        (B, R). For at most MAX_LOGITS at a time, which are recomputed in the backward pass."""
-        def logprobs(hidden, targets):  # (N, C), (N,) -> (N,)
-            return -F.cross_entropy(self.unembed(hidden / temperature), targets, reduction="none")
-
-        size = max(1, MAX_LOGITS // self.config.vocab_size)
-        if targets.numel() <= size:
-            return logprobs(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
-        pieces = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size))
-        pieces = [checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat(pieces).view(targets.shape)
+        """log softmax(logits / temperature) at targets: hidden (..., C), targets (...) -> (...)"""
+        logits = self.unembed(hidden.flatten(0, -2) / temperature)  # (N, V)
+        return -F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
     @classmethod
     def from_gpt2(cls, path, dropout=0.0):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.config import check, launch
+from common.config import check, check_range, launch
 from common.learner import Learner, warmup_constant
 from common.run import Run, load_model
 from common.runtime import Runtime, RuntimeConfig, local_sum
@@ -63,18 +63,15 @@ class Config(RuntimeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(min(self.iterations, self.batch_size, self.minibatch_size, self.max_new_tokens) >= 1,
-              "--iterations and the sizes are at least 1")
+        check_range(self, 1, None, "iterations", "batch_size", "minibatch_size", "max_new_tokens")
+        check_range(self, 0, None, "lr", "value_lr", "beta", "ptx_coef", "truncation_penalty",
+                    "save_every")
+        check_range(self, 0, 1e6, "clip", "value_clip", "ptx_rows")
+        check_range(self, 0, 1, "gamma", "lam")
+        check(self.temperature > 0, "--temperature is above 0")
+        check(0 <= self.ema < 1, "--ema is from 0 to under 1")
         check(self.batch_size % self.minibatch_size == 0, f"--batch_size {self.batch_size} is not "
               f"a multiple of --minibatch_size {self.minibatch_size}")
-        check(min(self.lr, self.value_lr, self.beta, self.ptx_coef, self.ptx_rows, self.clip,
-                  self.value_clip, self.truncation_penalty, self.save_every) >= 0,
-              "rates and coefficients are at least 0")
-        check(max(self.clip, self.value_clip, self.ptx_rows) <= 1e6,
-              "--clip, --value_clip and --ptx_rows are at most a million")
-        check(self.temperature > 0 and 0 <= self.gamma <= 1 and 0 <= self.lam <= 1 and
-              0 <= self.ema < 1, "--temperature is above 0; --gamma and --lam are from 0 to 1, "
-              "--ema from 0 to under 1")
         check(not self.ptx_coef or self.pretraining_rows >= 1,
               "--ptx_rows gives no row a minibatch; for plain PPO say --ptx_coef 0")
 
@@ -182,11 +179,10 @@ def make_rollout(pairs, end_of_text, device):
 @torch.no_grad()
 def generate_rollouts(policy, prompts, uniforms, config, end_of_text):
     """Sample a response to each prompt of each minibatch -> minibatches: lists of micro-batches."""
-    runtime, flat = policy.runtime, [prompt for minibatch in prompts for prompt in minibatch]
+    runtime, minibatches = policy.runtime, []
     with runtime.sampling(policy.model) as count_unfinished:
-        responses = generate(policy.model, flat, config.max_new_tokens, torch.cat(uniforms),
-                             config.temperature, count_unfinished)
-    minibatches, responses = [], iter(responses)
+        responses = iter(generate(policy.model, sum(prompts, []), config.max_new_tokens,
+                                  torch.cat(uniforms), config.temperature, count_unfinished))
     for minibatch in prompts:
         pairs = [(prompt, next(responses)) for prompt in minibatch]
         parts = runtime.micro_batches(pairs, config.minibatch_size, readers.length)
@@ -226,10 +222,9 @@ def estimate_advantages(rollouts, config, runtime):
 
 # ---------------------------------------------------------------- updates
 
-def policy_step(policy, ema, minibatch, pretraining, count, lr, config):
-    """One update: the gradient of the clipped surrogate plus ptx_coef times that of the
-    pretraining loss (C.4). count: response tokens of the global minibatch. -> numbers to log."""
-    all_reduce = policy.runtime.all_reduce
+def policy_step(policy, ema, minibatch, pretraining, count, warmup, config):
+    """One update: the gradient of the clipped surrogate plus ptx_coef times that of the pretraining
+    loss (C.4). count: response tokens of the global minibatch. warmup: fraction of the rate."""
     total = ratio = clipped = ptx_loss = 0.0
     for rollout in policy.accumulate(minibatch, more_follow=bool(pretraining)):
         logprobs = policy(rollout.tokens, rollout.positions, config.temperature)  # (B, R)
@@ -238,20 +233,20 @@ def policy_step(policy, ema, minibatch, pretraining, count, lr, config):
         policy.backward(loss)
         total, ratio = total + loss.detach(), ratio + sums["ratio"]
         clipped = clipped + sums["clipped"]
-    (targets,) = all_reduce(sum(batch.mask.sum() for batch in pretraining))
+    (targets,) = policy.runtime.all_reduce(sum(batch.mask.sum() for batch in pretraining))
     for batch in policy.accumulate(pretraining):
         logprobs = policy(batch.tokens, batch.positions)  # (B, R)
         loss = -torch.where(batch.mask, logprobs, 0.0).sum() / targets
         policy.backward(config.ptx_coef * loss)
         ptx_loss += loss.detach()
-    grad_norm = policy.step(lr)
+    grad_norm = policy.step(config.lr * warmup)
     update_ema(ema, policy.model, config.ema)
-    total, ratio, clipped, ptx_loss = all_reduce(total, ratio, clipped, ptx_loss)
+    total, ratio, clipped, ptx_loss = policy.runtime.all_reduce(total, ratio, clipped, ptx_loss)
     return dict(policy_loss=total, ratio=ratio, clip_fraction=clipped, tokens=count,
                 ptx_loss=ptx_loss, grad_norm=grad_norm)
 
 
-def value_step(value_model, minibatch, count, lr, config):
+def value_step(value_model, minibatch, count, warmup, config):
     """One update of the value model. -> numbers to log."""
     total = 0.0
     for rollout in value_model.accumulate(minibatch):
@@ -260,7 +255,7 @@ def value_step(value_model, minibatch, count, lr, config):
                           count)
         value_model.backward(loss)
         total += loss.detach()
-    value_model.step(lr)
+    value_model.step(config.value_lr * warmup)
     return dict(value_loss=value_model.runtime.all_reduce(total)[0])
 
 
@@ -280,17 +275,15 @@ def load_models(config, tokenizer, runtime):
     ref_policy, ema = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
     value_model = copy.deepcopy(reward_model)
     reward_model.requires_grad_(False)
-    for model in (policy, ref_policy, ema, reward_model, value_model):
-        runtime.place(model)
-    return (Learner(policy, config.lr, runtime), ref_policy, ema, reward_model,
-            Learner(value_model, config.value_lr, runtime))
+    frozen = [runtime.place(model) for model in (ref_policy, ema, reward_model)]
+    return (Learner(runtime.place(policy), config.lr, runtime), *frozen,
+            Learner(runtime.place(value_model), config.value_lr, runtime))
 
 
 def main(config):
     runtime = Runtime(config)
     runtime.check_batch_size(config.minibatch_size, "minibatch_size")
-    if config.pretraining_rows:
-        runtime.check_batch_size(config.pretraining_rows, "ptx_rows")
+    runtime.check_batch_size(config.pretraining_rows, "ptx_rows")
     tokenizer = Tokenizer.load(config.data)
     end_of_text = tokenizer.end_of_text
     policy, ref_policy, ema, reward_model, value_model = load_models(config, tokenizer, runtime)
@@ -314,9 +307,8 @@ def main(config):
         for i, minibatch in enumerate(minibatches):
             (count,) = runtime.all_reduce(sum(rollout.mask.sum() for rollout in minibatch))
             pretraining = data.pretraining_batches(iteration * updates + i, end_of_text, runtime)
-            lr, value_lr = config.lr * warmup, config.value_lr * warmup
-            numbers = policy_step(policy, ema, minibatch, pretraining, count, lr, config)
-            logs.append(numbers | value_step(value_model, minibatch, count, value_lr, config))
+            numbers = policy_step(policy, ema, minibatch, pretraining, count, warmup, config)
+            logs.append(numbers | value_step(value_model, minibatch, count, warmup, config))
 
         numbers = rollout_statistics(rollouts, runtime) | update_statistics(logs)
         numbers |= value_statistics(rollouts, runtime)

@@ -8,8 +8,7 @@ responses to a prompt are in one batch element: each is read once, and every pai
 comparison. (Shuffled pairs would show each response K - 1 times per epoch, and the model would
 overfit: 3.4.)
 
-Departure from the paper: initialized from the SFT model (the paper: a GPT-3 fine-tuned on public
-NLP data).
+Departure from the paper: starts from the SFT model (the paper: a GPT-3 tuned on public NLP data).
 
 Shapes: P prompts of the batch with K responses each (K varies), B responses in all, T tokens.
 """
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.config import check, launch
+from common.config import check_range, launch
 from common.files import digest
 from common.learner import Learner, cosine
 from common.run import Run, load_model
@@ -42,8 +41,8 @@ class Config(RuntimeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(min(self.epochs, self.batch_size) >= 1, "--epochs and --batch_size are at least 1")
-        check(self.lr >= 0, "--lr is at least 0")
+        check_range(self, 1, None, "epochs", "batch_size")
+        check_range(self, 0, None, "lr")
 
 
 def ranking_loss(rewards, ranks):
@@ -147,13 +146,13 @@ def main(config):
     demonstrations = batches.demonstrations_that_fit(demonstrations_file, tokenizer, context)
     seen = {labeler for _, _, labeler in train}
     steps_per_epoch = batches.steps_per_epoch(train, config)
-    steps = config.epochs * steps_per_epoch
     model, head_seed = start_model(sft, config)
     learner = Learner(runtime.place(model), config.lr, runtime)
     inputs = [config.init, demonstrations_file, f"{config.data}/comparisons.train.jsonl"]
     run = Run(config, runtime, tokenizer, inputs, {"model": learner})
     run.print(f"{config.epochs} epochs x {steps_per_epoch} steps x {config.batch_size} prompts; "
               f"{len(train):,} prompts, {len(seen)} labelers")
+    steps = config.epochs * steps_per_epoch
     progress = run.progress_bar(run.resume(), steps)
     for step in progress:
         epoch, i = divmod(step, steps_per_epoch)

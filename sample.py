@@ -5,8 +5,7 @@
     python sample.py --models out/base,out/sft,out/ppo --prompt "What does the fox eat?" --n 3
     python sample.py --prompt "What does the fox eat?" --tokens --html response.html
 
-A question is put into the form of the dataset's prompts, so that it looks like what the model was trained on. Each
-question is independent: the model does not see earlier ones. Scores are the reward model's.
+A question is put into the form of the dataset's prompts. The model does not see earlier ones. Scores are the reward model's.
 """
 
 import sys
@@ -16,13 +15,13 @@ from pathlib import Path
 import torch
 
 from common.config import UserError, check, launch
-from common.run import load_checkpoint, load_model
+from common.run import checkpoint_of, load_checkpoint, load_model
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
 from data import dataset, readers
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel, generate
-from paper.token_page import write_token_page
+from paper.token_page import print_tokens, write_token_page
 from ppo import gae, kl_penalized_rewards
 
 
@@ -47,12 +46,6 @@ class Config:
         check(all(self.models.split(",")), "--models has an empty name")
 
 
-def checkpoint_of(path):
-    """A run's folder -> its model.pt; anything else is a checkpoint, or GPT-2 weights."""
-    model = Path(path) / "model.pt"
-    return str(model) if model.is_file() else path
-
-
 def related(given, first, name, sibling):
     """The model that goes with the first one: `given`, or what its run says under `name`, or the folder next to it."""
     if given:
@@ -71,20 +64,8 @@ def questions(config):
     return (line.strip() for line in sys.stdin if line.strip())
 
 
-def as_prompt(text, data):
-    """The question in the form of the dataset's prompts: a conversation, or a line, or as it is."""
-    path = Path(data) / "prompts.test.jsonl"
-    example = readers.read_jsonl(path, "prompts")[0]["prompt"] if path.is_file() else ""
-    if example.endswith("\n\nAssistant:"):
-        return dataset.chat([("user", text)])
-    return text + "\n" if example.endswith("\n") else text
-
-
 def sample_answers(model, prompt, question, config, runtime):
     """-> config.n responses to the prompt, as lists of token ids. `question` counts the questions so far."""
-    if len(prompt) + config.max_new_tokens > model.config.context:
-        raise UserError(f"the prompt has {len(prompt)} tokens; with --max_new_tokens {config.max_new_tokens} it does "
-                        f"not fit the context of {model.config.context}")
     uniforms = torch.rand(config.n, config.max_new_tokens, generator=generator(config.seed, "sample", question))
     with runtime.sampling(model):
         return generate(model, [prompt] * config.n, config.max_new_tokens, uniforms, config.temperature)
@@ -115,18 +96,15 @@ def token_table(policy, ref_policy, reward_model, value_model, settings, prompt,
     return {name: column[0].tolist() for name, column in columns.items()}
 
 
-def show_tokens(config, policy, prompt, response, tokenizer, runtime, load):
+def show_tokens(config, policy, reward_model, prompt, response, tokenizer, runtime, load):
     """Print the table of one response; with --html, also write the page."""
     folder, end = Path(config.models.split(",")[0]), tokenizer.end_of_text
     settings = load_checkpoint(folder / "model.pt", "make ppo")["config"]
-    reward, reference = (related(given, folder, name, sibling) for given, name, sibling in (
-        (config.reward, "reward", "reward"), (config.reference, "policy", "sft")))
-    others = load(GPT, reference), load(ScalarModel, reward), load(ScalarModel, folder / "value.pt")
-    table = token_table(policy, *others, settings, prompt, response, end, runtime)
+    ref_policy = load(GPT, related(config.reference, folder, "policy", "sft"))
+    value_model = load(ScalarModel, folder / "value.pt")
+    table = token_table(policy, ref_policy, reward_model, value_model, settings, prompt, response, end, runtime)
     texts = ["<end>" if token == end else tokenizer.decode([token]) for token in response]
-    print(f"{'token':<16}" + "".join(f"{name:>11}" for name in table))
-    for i, text in enumerate(texts):
-        print(f"{text!r:<16}" + "".join(f"{column[i]:>11.3f}" for column in table.values()))
+    print_tokens(texts, table)
     if config.html:
         write_token_page(config.html, tokenizer.decode(prompt), texts, table)
         print(f"{config.html} shows it with colors")
@@ -147,12 +125,16 @@ def main(config):
         raise UserError(f"{paths[0]}/value.pt is missing: --tokens takes the folder of a ppo.py run, "
                         "which leaves its value function")
     reward = related(config.reward, paths[0], "reward", "reward")
-    reward_model = load(ScalarModel, reward) if Path(checkpoint_of(reward)).is_file() else None
+    reward_model = load(ScalarModel, reward) if show or Path(checkpoint_of(reward)).is_file() else None
+    context = min(model.config.context for model in models.values())
     for question, text in enumerate(questions(config)):
-        prompt = tokenizer.encode(as_prompt(text, data))
-        longest = min(model.config.context for model in models.values()) - config.max_new_tokens
-        if len(prompt) > longest and not config.prompt:
-            print(f"the question has {len(prompt)} tokens; at most {longest} fit")
+        prompt = tokenizer.encode(dataset.as_prompt(text, data))
+        if len(prompt) + config.max_new_tokens > context:
+            problem = (f"the prompt has {len(prompt)} tokens; with --max_new_tokens {config.max_new_tokens} it does "
+                       f"not fit the context of {context}")
+            if config.prompt:
+                raise UserError(problem)
+            print(problem)
             continue
         for path, model in models.items():
             for i, response in enumerate(sample_answers(model, prompt, question, config, runtime)):
@@ -161,7 +143,7 @@ def main(config):
                     line += f"  [score {score_of(reward_model, prompt, response, tokenizer.end_of_text, runtime):+.2f}]"
                 print(line)
                 if show and path == paths[0] and i == 0:
-                    show_tokens(config, model, prompt, response, tokenizer, runtime, load)
+                    show_tokens(config, model, reward_model, prompt, response, tokenizer, runtime, load)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,14 @@ def check(condition, message):
         raise ValueError(message)
 
 
+def check_range(config, low, high, *names):
+    """ValueError for the first of these settings that is below `low` or above `high` (None: no limit)."""
+    for name in names:
+        limit = "" if high is None else f" and at most {high:g}"
+        value = getattr(config, name)
+        check(low <= value and (high is None or value <= high), f"--{name} is at least {low}{limit}")
+
+
 def launch(main, Config):
     """What every script does when run: parse the command line, call main(config); errors in one line."""
     guard(lambda: main(parse_config(Config)))

@@ -16,7 +16,8 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.config import Parser, UserError, guard, number
-from model import GPT, MAX_LOGITS, PRESETS, GPTConfig, ScalarModel
+from common.runtime import MAX_LOGITS
+from model import GPT, PRESETS, GPTConfig, ScalarModel
 
 GIB = 2**30
 

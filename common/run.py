@@ -202,6 +202,12 @@ def progress_bar(runtime, start, steps, description):
                 dynamic_ncols=True, mininterval=0.5)
 
 
+def checkpoint_of(path):
+    """A run's folder -> its model.pt; anything else stays: a checkpoint, or GPT-2 weights."""
+    model = Path(path) / "model.pt"
+    return str(model) if model.is_file() else path
+
+
 def load_checkpoint(path, made_by):
     """What `Run.save_model` wrote: a dict. `made_by` is the command that makes the file, for the error message."""
     if not Path(path).is_file():

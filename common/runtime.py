@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from common import onednn
 from common.config import UserError
-from model import Block
+from model import GPT, Block
+
+MAX_LOGITS = 2**23  # maximum number of logits held in memory at once: 32 MiB in float32
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products
 
@@ -84,8 +86,8 @@ class Runtime:
         return -(-count // (self.world_size * self.config.micro_batch)) if self.config.micro_batch else 1
 
     def check_batch_size(self, count, flag):
-        """UserError if a rank would have no row in some micro-batch."""
-        if count // self.world_size < self.num_micro_batches(count):
+        """UserError if a rank would have no row in some micro-batch. Nothing to check if there are no rows at all."""
+        if count and count // self.world_size < self.num_micro_batches(count):
             detail = f" in a --micro_batch of {self.config.micro_batch}" if self.config.micro_batch else ""
             raise UserError(f"--{flag}: {count} rows a step leave some of {self.world_size} ranks without one{detail}")
 
@@ -133,6 +135,8 @@ class Runtime:
 
     def place(self, model):
         """Put the model on this rank's device; with --shard, a part of it."""
+        if isinstance(model, GPT):
+            model.__class__ = PiecewiseGPT
         if self.config.activation_checkpointing:
             for block in model.blocks:
                 block.__class__ = CheckpointedBlock
@@ -171,6 +175,19 @@ class Runtime:
 def local_sum(*numbers):
     """What Runtime.all_reduce is for a single rank."""
     return numbers
+
+
+class PiecewiseGPT(GPT):
+    """A GPT that computes log-probabilities for at most MAX_LOGITS logits at a time. If there are more, they are recomputed
+    in the backward pass instead of kept."""
+
+    def logprobs(self, hidden, targets, temperature=1.0):
+        size = max(1, MAX_LOGITS // self.config.vocab_size)
+        if targets.numel() <= size:
+            return super().logprobs(hidden, targets, temperature)
+        pieces = zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size))
+        pieces = [checkpoint(super(PiecewiseGPT, self).logprobs, *piece, temperature, use_reentrant=False) for piece in pieces]
+        return torch.cat(pieces).view(targets.shape)
 
 
 class CheckpointedBlock(Block):

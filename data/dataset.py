@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.config import UserError
 from data import cleaning
-from data.readers import write_jsonl, write_tokens
+from data.readers import read_jsonl, write_jsonl, write_tokens
 from data.tokenizer import Tokenizer, train_bpe
 
 
@@ -72,6 +72,15 @@ def chat(turns):
 
 def reply(text):
     return " " + text.strip()
+
+
+def as_prompt(text, data):
+    """A question in the form of the prompts of the dataset in the folder `data`: a conversation, or a line, or as it is."""
+    path = Path(data) / "prompts.test.jsonl"
+    example = read_jsonl(path, "prompts")[0]["prompt"] if path.is_file() else ""
+    if example.endswith("\n\nAssistant:"):
+        return chat([("user", text)])
+    return text + "\n" if example.endswith("\n") else text
 
 
 def nobody(opening):

@@ -18,10 +18,7 @@ TEAMS = ("training labelers", "held-out labelers")
 
 
 class Judge:
-    name = ""
-
-    def compare(self, prompt, a, b):
-        raise NotImplementedError
+    """What judges have in common: which pairs they compare. Each adds a `name` and `compare`."""
 
     def comparisons(self, model, records, responses, baseline):
         """What the judge compares to evaluate a model: a list of (prompt, user, the model's response, the baseline's).

@@ -13,6 +13,13 @@ td, th { padding: 0.1em 0.7em; text-align: right }
 """
 
 
+def print_tokens(texts, table):
+    """A line per token with its numbers. table: {column: one number per token}."""
+    print(f"{'token':<16}" + "".join(f"{name:>11}" for name in table))
+    for i, text in enumerate(texts):
+        print(f"{text!r:<16}" + "".join(f"{column[i]:>11.3f}" for column in table.values()))
+
+
 def write_token_page(path, prompt, texts, table):
     """The response, each token colored by its advantage, above a table. texts: one per token; table: {column: one
     number per token}."""

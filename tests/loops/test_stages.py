@@ -72,11 +72,12 @@ def no_thread_is_left():  # it might abort Python's exit
         print("threads of gloo are left", flush=True)
         os._exit(1)
 sys.path.insert(0, sys.argv[1])
-import evaluate, model, ppo, reward, sft
+import evaluate, ppo, reward, sft
+from common import runtime
 from data import collect
 if "WORLD_SIZE" in os.environ:
-    assert model.MAX_LOGITS > 27
-    model.MAX_LOGITS = 27  # those of 3 positions, so that log-probabilities are computed piece by piece
+    assert runtime.MAX_LOGITS > 27
+    runtime.MAX_LOGITS = 27  # those of 3 positions, so that log-probabilities are computed piece by piece
 for stage, changes in json.load(open(sys.argv[2])):
     module = globals()[stage]
     module.main(module.Config(**changes))

@@ -12,6 +12,7 @@ import common.seeds
 import sample
 from common.config import UserError
 from conftest import load_model, slow_logprobs
+from data import dataset
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel
 from paper import token_page
@@ -59,7 +60,7 @@ def test_without_a_reward_model_nothing_is_scored(config, capsys):
 def test_a_question_takes_the_form_of_the_datasets_prompts(tmp_path, example, expected):
     if example:
         (tmp_path / "prompts.test.jsonl").write_text(f'{{"prompt": {example!r}, "user": "u"}}\n'.replace("'", '"'))
-    assert sample.as_prompt("Why?", tmp_path) == expected
+    assert dataset.as_prompt("Why?", tmp_path) == expected
 
 
 def test_the_token_table_holds_what_ppo_computes(config, chain, capsys, tmp_path):
