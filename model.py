@@ -49,7 +49,7 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
-CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between checks for finished rows: each waits for a GPU
+CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}  # tokens between checks for finished rows
 
 
 class Attention(nn.Module):
@@ -84,8 +84,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width)
         C = config.width
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(approximate="tanh"),
-                                 nn.Linear(4 * C, C))
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU("tanh"), nn.Linear(4 * C, C))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, layer=0):
@@ -162,6 +161,12 @@ class GPT(Trunk):
         logits = self.unembed(hidden.flatten(0, -2) / temperature)  # (N, V)
         return -F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
+    def decode(self, tokens, cache):
+        """tokens (B,), the next of each row of the cache -> their hidden states (B, C)."""
+        hidden = self.hidden(tokens[:, None], cache)[:, 0]
+        cache.used, cache.lengths = cache.used + 1, cache.lengths + 1
+        return hidden
+
     @classmethod
     def from_gpt2(cls, path, dropout=0.0):
         """GPT-2's weights as transformers saves them: a folder or a file."""
@@ -196,12 +201,9 @@ class ScalarModel(Trunk):
         return self.last_layer(hidden, self.head.weight, self.head.bias).squeeze(-1)
 
 
-def gather_positions(hidden, positions):
-    """hidden (B, T, C), positions (B, R) -> (B, R, C)"""
+def gather_positions(hidden, positions):  # (B, T, C), (B, R) -> (B, R, C)
     return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
-
-# ---------------------------------------------------------------- sampling
 
 class KVCache:
     """Keys and values of B rows: the prompts, padded at their end, then one slot per new token."""
@@ -254,7 +256,7 @@ def sample_tokens(logits, uniforms, temperature):
     uniform number. logits (B, V), uniforms (B,) -> (B,). Temperature 0 takes the most likely."""
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
     thresholds = uniforms.double()[:, None] * cdf[:, -1:]  # (B, 1); the last is 1 up to rounding
     return torch.searchsorted(cdf, thresholds, right=True).squeeze(-1).clamp_(max=cdf.shape[-1] - 1)
 
@@ -264,8 +266,7 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, count_un
     """Sample a response to each prompt, with a KV cache.
 
     prompts: B lists of token ids. uniforms: (B, max_new_tokens) in [0, 1), decide every choice.
-    count_unfinished: callback for ranks that share the weights and must go on together: local
-        number of unfinished rows -> global number.
+    count_unfinished: callback for ranks that share the weights: rows left here -> rows left in all.
     Returns B lists of token ids, each ended by the end of text or cut after max_new_tokens.
     ValueError if a prompt is empty or leaves no room in the context."""
     lengths = [len(prompt) for prompt in prompts]
@@ -294,7 +295,6 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, count_un
                 rows, tokens, running = rows[kept], tokens[kept], running[kept]
                 cache.keep(kept)
         if t + 1 < max_new_tokens:
-            hidden = model.hidden(tokens[:, None], cache)[:, 0]  # (B, C)
-            cache.used, cache.lengths = cache.used + 1, cache.lengths + 1
+            hidden = model.decode(tokens, cache)  # (B, C)
     model.train(was_training)
     return [[token for token in row if token >= 0] for row in responses.tolist()]

@@ -134,7 +134,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, count=None):
     advantages = torch.where(mask, advantages, 0.0)
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(free, clipped).sum() / count
-    return loss, {"ratio": ratio[mask].sum().detach(), "clipped": (clipped > free).sum()}
+    return loss, {"ratio": (ratio * mask).sum().detach(), "clipped": (clipped > free).sum()}
 
 
 def value_loss(values, old_values, returns, mask, clip, count=None):
@@ -154,10 +154,11 @@ class Rollout:
     """Episodes of one micro-batch, and what was computed for them before any update."""
     prompts: list  # B lists of token ids
     responses: list  # B lists of token ids, ended by the end of text unless truncated
+    truncated: torch.Tensor  # (B,)
     tokens: torch.Tensor  # (B, T) prompt and response, padded
     positions: torch.Tensor  # (B, R) the positions that predict the response tokens
     mask: torch.Tensor  # (B, R) which response tokens exist
-    truncated: torch.Tensor  # (B,)
+    count: int  # of response tokens
     logprobs: torch.Tensor = None  # (B, R) under the policy that sampled them
     ref_logprobs: torch.Tensor = None  # (B, R) under the SFT model
     values: torch.Tensor = None  # (B, R) of the text before each response token
@@ -171,9 +172,9 @@ class Rollout:
 def make_rollout(pairs, end_of_text, device):
     """B pairs of (prompt, response) -> Rollout."""
     prompts, responses = map(list, zip(*pairs))
-    truncated = torch.tensor([r[-1] != end_of_text for r in responses], device=device)
+    truncated = readers.to_device(torch.tensor([r[-1] != end_of_text for r in responses]), device)
     batch = readers.make_batch(pairs, end_of_text, device)
-    return Rollout(prompts, responses, batch.tokens, batch.positions, batch.mask, truncated)
+    return Rollout(prompts, responses, truncated, **vars(batch))
 
 
 @torch.no_grad()
@@ -213,11 +214,11 @@ def estimate_advantages(rollouts, config, runtime):
     for rollout in rollouts:
         rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, rollout.mask,
                                                   config.gamma, config.lam)
-    flat = torch.cat([rollout.advantages[rollout.mask] for rollout in rollouts])  # (tokens,)
-    white = whiten(flat, torch.ones_like(flat, dtype=torch.bool), runtime.all_reduce)
-    parts = white.split([int(rollout.mask.sum()) for rollout in rollouts])
-    for rollout, part in zip(rollouts, parts):
-        rollout.advantages = torch.zeros_like(rollout.values).masked_scatter(rollout.mask, part)
+    flat = torch.cat([rollout.advantages.flatten() for rollout in rollouts])
+    masks = torch.cat([rollout.mask.flatten() for rollout in rollouts])
+    white = whiten(flat, masks, runtime.all_reduce).split([r.mask.numel() for r in rollouts])
+    for rollout, part in zip(rollouts, white):
+        rollout.advantages = part.view_as(rollout.mask)
 
 
 # ---------------------------------------------------------------- updates
@@ -233,7 +234,7 @@ def policy_step(policy, ema, minibatch, pretraining, count, warmup, config):
         policy.backward(loss)
         total, ratio = total + loss.detach(), ratio + sums["ratio"]
         clipped = clipped + sums["clipped"]
-    (targets,) = policy.runtime.all_reduce(sum(batch.mask.sum() for batch in pretraining))
+    (targets,) = policy.runtime.all_reduce(sum(batch.count for batch in pretraining))
     for batch in policy.accumulate(pretraining):
         logprobs = policy(batch.tokens, batch.positions)  # (B, R)
         loss = -torch.where(batch.mask, logprobs, 0.0).sum() / targets
@@ -305,7 +306,7 @@ def main(config):
                           end_of_text)
         estimate_advantages(rollouts, config, runtime)
         for i, minibatch in enumerate(minibatches):
-            (count,) = runtime.all_reduce(sum(rollout.mask.sum() for rollout in minibatch))
+            (count,) = runtime.all_reduce(sum(rollout.count for rollout in minibatch))
             pretraining = data.pretraining_batches(iteration * updates + i, end_of_text, runtime)
             numbers = policy_step(policy, ema, minibatch, pretraining, count, warmup, config)
             logs.append(numbers | value_step(value_model, minibatch, count, warmup, config))

@@ -85,11 +85,11 @@ def train_step(learner, comparisons, lr, end_of_text):
     total, pairs, right = 0.0, 0, 0
     for part in learner.accumulate(runtime.micro_batches(mine, len(comparisons), longest)):
         examples = [example for examples, _, _ in part for example in examples]
-        scores = readers.last_scores(learner, examples, end_of_text, runtime.device)  # (B,)
+        scores = readers.last_scores(learner, examples, end_of_text, runtime.device).cpu()  # (B,)
         by_prompt = scores.split([len(examples) for examples, _, _ in part])  # P tensors (K,)
         loss = 0.0
         for rewards, (_, ranks, _) in zip(by_prompt, part):
-            prompt_loss, n, n_right = ranking_loss(rewards, ranks.to(runtime.device))
+            prompt_loss, n, n_right = ranking_loss(rewards, ranks)
             loss, pairs, right = loss + prompt_loss, pairs + n, right + n_right
         learner.backward(loss / max(1, prompts))  # each prompt counts once, whatever its K
         total += loss.item()
@@ -112,7 +112,7 @@ def validate(model, comparisons, seen, end_of_text, runtime):
         with runtime.autocast():
             scores = readers.last_scores(model, examples, end_of_text, runtime.device)
         if counts:
-            loss, n, n_right = ranking_loss(scores, ranks.to(runtime.device))
+            loss, n, n_right = ranking_loss(scores.cpu(), ranks)
             total, prompts = total + loss.item(), prompts + (n > 0)
             pairs[labeler in seen] += n
             right[labeler in seen] += n_right

@@ -91,7 +91,7 @@ def train_step(learner, pairs, step, lr, config, end_of_text):
     runtime = learner.runtime
     mine = runtime.micro_batches(pairs[runtime.local_rows(len(pairs))], len(pairs), readers.length)
     mine = [readers.make_batch(part, end_of_text, runtime.device) for part in mine]
-    (targets,) = runtime.all_reduce(sum(batch.mask.sum() for batch in mine))
+    (targets,) = runtime.all_reduce(sum(batch.count for batch in mine))
     seed_torch(config.seed, f"{config.stage}: dropout", step * runtime.world_size + runtime.rank)
     total = 0.0
     for batch in learner.accumulate(mine):
@@ -114,7 +114,7 @@ def validation_loss(model, pairs, config, end_of_text, runtime):
         with runtime.autocast():
             loss = masked_loss(model(batch.tokens, batch.positions), batch.mask)
         total += loss.item() * counts
-        count += batch.mask.sum().item() * counts
+        count += batch.count * counts
     model.train()
     total, count = runtime.all_reduce(total, count)
     return total / max(1, count)

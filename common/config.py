@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import get_type_hints
 
@@ -85,11 +87,24 @@ def guard(work):
         work()
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without write permission
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print(f"{name}: stopped; a run resumes from its last checkpoint, if any, by the same command",
               file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(status):
+    """Exit. One of several processes leaves without a word to the others: ending the process group in order would wait for
+    them, and they may be waiting for this one. torchrun stops them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class Interrupt:

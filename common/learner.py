@@ -53,7 +53,7 @@ class Learner:
     def backward(self, loss):
         """The backward pass of this rank's part of a global mean: its sum, divided by the global count. Ranks average
         gradients, so it is multiplied by their number; with fp16, by the loss scale."""
-        self.scaler.scale(loss * self.runtime.world_size).backward()
+        self.scaler.scale(loss.to(self.runtime.device) * self.runtime.world_size).backward()
 
     def step(self, lr, max_norm=1.0):
         """One optimizer step, with gradients clipped to a global norm (GPT-3's: 1). Returns the norm before clipping. An update

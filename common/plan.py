@@ -16,7 +16,7 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.config import Parser, UserError, guard, number
-from common.runtime import MAX_LOGITS
+from common.runtime import RuntimeConfig
 from model import GPT, PRESETS, GPTConfig, ScalarModel
 
 GIB = 2**30
@@ -42,13 +42,14 @@ def activations(config, tokens, width, activation_checkpointing):
 
 
 def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activation_checkpointing=False):
-    """-> {what: bytes a GPU}. batch: episodes an iteration, all of them sampled at once; micro_batch: rows of a
+    """-> {what: bytes per GPU}. batch: episodes an iteration, all of them sampled at once; micro_batch: rows of a
     training pass, all as long as the context; width: bytes of a number in matrix products."""
     whole, block = parameters(GPT, config)
     scalar, _ = parameters(ScalarModel, config)
     part, blocks = gpus if shard else 1, config.layers * block
     rows, T = -(-batch // gpus), config.context
-    logits = min(micro_batch * T * config.vocab_size, MAX_LOGITS)  # of pretraining text every position has a target
+    logits = min(4 * micro_batch * T * config.vocab_size,  # of pretraining text every position has a target
+                 RuntimeConfig.logits_memory * GIB)
     sizes = {
         "policy": 4 * whole / part,
         "value": 4 * scalar / part,
@@ -59,13 +60,16 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activat
         "optimizer": 8 * (whole + scalar) / part,
         # What is computed with: in 16 bits a copy of the blocks; sharded, one block (the next is on its way) and, in float32,
         # the ends; and their gradients.
-        "working copies": 2 * block * (width + 4) + (whole - blocks) * 2 * 4 if shard else blocks * width * (width < 4),
-        "activations": activations(config, micro_batch * T, width, activation_checkpointing) + logits * 3 * 4,
+        "working copies": 2 * block * (width + 4) + (whole - blocks) * 2 * 4 if shard else 2 * blocks * width * (width < 4),
+        "activations": activations(config, micro_batch * T, width, activation_checkpointing) + logits * 3,
     }
-    # Keys and values of every episode, half of them twice when finished ones are dropped; and, while prompts are read, the
-    # stream and the hidden layer of an MLP before and after its nonlinearity (9 numbers per unit of width and token).
-    sizes["KV cache"] = (2 * config.layers * 1.5 + 9) * config.width * rows * T * width
-    sizes["at most"] = sum(sizes.values()) - min(sizes["activations"], sizes["KV cache"])  # never at once
+    # Keys and values of every episode: where the recorded steps work, which is kept; and, while prompts are read, once more,
+    # with the stream and the hidden layer of an MLP before and after its nonlinearity (9 numbers per unit of width and
+    # token). Sharded, no step is recorded, and half of the rows are held twice when finished ones are dropped.
+    keys_values = 2 * config.layers * config.width * rows * T * width
+    sizes["KV cache"] = 0 if shard else keys_values
+    sizes["reading prompts"] = keys_values * (1.5 if shard else 1) + 9 * config.width * rows * T * width
+    sizes["at most"] = sum(sizes.values()) - min(sizes["activations"], sizes["reading prompts"])  # never at once
     return sizes
 
 

@@ -5,8 +5,6 @@ One process without torchrun is rank 0 of 1. Nothing here knows about RLHF.
 
 import atexit
 import contextlib
-import ctypes
-import gc
 import os
 from dataclasses import dataclass, fields
 
@@ -14,34 +12,32 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
-from common import onednn
+from common import layers, onednn
 from common.config import UserError
-from model import GPT, Block
-
-MAX_LOGITS = 2**23  # maximum number of logits held in memory at once: 32 MiB in float32
-
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products
+from common.decoding import Decoder
+from common.devices import PRECISIONS, choose_device, choose_dtype, start_process_group
+from model import GPT
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     """How a stage is run: this changes its speed and memory, and its results by rounding only."""
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
-    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: the best of a GPU, float32 on a CPU
+    device: str = "auto"  # cpu, cuda, mps, or auto: a GPU if there is one
+    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on an NVIDIA GPU, else float32
     micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
     compile: bool = False  # torch.compile the blocks
+    logits_memory: float = 1.0  # GiB of logits held at once; if there are more, they are computed in pieces, twice
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
     resume: bool = True  # resume a stopped run of the same configuration
 
     def __post_init__(self):
         if self.precision not in ("auto", *PRECISIONS):
             raise ValueError(f"--precision is auto or one of {', '.join(PRECISIONS)}")
-        if self.micro_batch < 0 or self.patience < 1:
-            raise ValueError("--micro_batch is at least 0, --patience at least 1")
+        if self.micro_batch < 0 or self.patience < 1 or self.logits_memory < 0:
+            raise ValueError("--micro_batch and --logits_memory are at least 0, --patience is at least 1")
 
 
 # The settings that a resumed run may change.
@@ -57,8 +53,6 @@ class Runtime:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if (self.world_size > 1 or config.shard) and not dist.is_initialized():
             start_process_group(self.world_size, self.device)
         if config.shard:
@@ -107,8 +101,13 @@ class Runtime:
     # ---- communication
 
     def all_reduce(self, *numbers):
-        """Each number (a float or a 0-d tensor) summed over all ranks, as a list of floats."""
-        total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device).detach() for n in numbers])
+        """Each number (a float or a 0-d tensor) summed over all ranks, as a list of floats. Waits for a GPU only if one of
+        them is there."""
+        on_device = any(isinstance(n, torch.Tensor) and n.device.type != "cpu" for n in numbers)
+        device = self.device if on_device else torch.device("cpu")
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.stack([n.detach().to(device, dtype) if isinstance(n, torch.Tensor)
+                             else torch.full((), n, dtype=dtype, device=device) for n in numbers])
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -136,15 +135,14 @@ class Runtime:
     def place(self, model):
         """Put the model on this rank's device; with --shard, a part of it."""
         if isinstance(model, GPT):
-            model.__class__ = PiecewiseGPT
-        if self.config.activation_checkpointing:
+            model.__class__ = layers.PlacedGPT
+            model.max_logits = int(self.config.logits_memory * 2**28)  # of 4 bytes
+        if self.config.compile or self.config.activation_checkpointing:
             for block in model.blocks:
-                block.__class__ = CheckpointedBlock
+                block.__class__ = layers.PlacedBlock
+                block.place(self.config.compile, self.config.activation_checkpointing)
         if self.device.type == "cpu":
             onednn.accelerate(model)
-        if self.config.compile:
-            for block in model.blocks:
-                block.compile(dynamic=True)
         if not self.config.shard:
             return model.to(self.device)
         mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -167,6 +165,13 @@ class Runtime:
                 model.unshard()  # the embeddings and the last norm; blocks are gathered as they are called
                 yield lambda count: self.all_reduce(count)[0]
                 model.reshard()
+            elif self.device.type == "cuda":
+                if not hasattr(model, "recorded"):
+                    model.recorded = Decoder(model, self.dtype)
+                model.recorded.update()
+                model.decoder = model.recorded
+                yield None
+                model.decoder = None
             else:
                 with onednn.packed(model):
                     yield None
@@ -175,75 +180,3 @@ class Runtime:
 def local_sum(*numbers):
     """What Runtime.all_reduce is for a single rank."""
     return numbers
-
-
-class PiecewiseGPT(GPT):
-    """A GPT that computes log-probabilities for at most MAX_LOGITS logits at a time. If there are more, they are recomputed
-    in the backward pass instead of kept."""
-
-    def logprobs(self, hidden, targets, temperature=1.0):
-        size = max(1, MAX_LOGITS // self.config.vocab_size)
-        if targets.numel() <= size:
-            return super().logprobs(hidden, targets, temperature)
-        pieces = zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size))
-        pieces = [checkpoint(super(PiecewiseGPT, self).logprobs, *piece, temperature, use_reentrant=False) for piece in pieces]
-        return torch.cat(pieces).view(targets.shape)
-
-
-class CheckpointedBlock(Block):
-    """A block that keeps only its input for the backward pass, and recomputes the rest."""
-
-    def forward(self, x, cache=None, layer=0):
-        if torch.is_grad_enabled():
-            return checkpoint(super().forward, x, use_reentrant=False)
-        return super().forward(x, cache, layer)
-
-
-def choose_device(name, local_rank):
-    if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return device
-
-
-def choose_dtype(precision, device):
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return PRECISIONS["float32" if precision == "auto" else precision]
-
-
-def start_process_group(world_size, device):
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("--shard spreads a model over processes: start it with torchrun")
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    # After a restart by torchrun the store still has the addresses of the dead ranks: use another prefix.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    atexit.register(stop_process_group)
-
-
-def stop_process_group():
-    """At exit. gloo's threads live as long as anything refers to the group; one that is still alive while Python shuts down
-    sometimes aborts the process (SIGABRT)."""
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def keep_freed_memory():
-    """Linux's malloc returns large blocks to the kernel when they are freed, and the next tensor of that size waits for new,
-    zeroed pages: a quarter of the time of a step at 124M parameters."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        never_trim, never_map = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        for parameter, value in (never_trim, never_map):
-            ctypes.CDLL(None).mallopt(parameter, value)

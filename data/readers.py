@@ -127,10 +127,17 @@ def length(pair):
     return len(pair[0]) + len(pair[1])
 
 
-def pad(rows, value, device=None):
+def pad(rows, value):
     """Rows of unequal length -> (B, T), padded at the end: pad([[5, 6], [7]], 0) = [[5, 6], [7, 0]]."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row] + [value] * (longest - len(row)) for row in rows], device=device)
+    return torch.tensor([[*row] + [value] * (longest - len(row)) for row in rows])
+
+
+def to_device(tensor, device):
+    """A copy on the device. The CPU goes on while it is made."""
+    if device is not None and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass
@@ -140,17 +147,18 @@ class Batch:
     tokens: torch.Tensor  # (B, T) prompt and response, padded at the end
     positions: torch.Tensor  # (B, R) the positions that predict the R response tokens
     mask: torch.Tensor  # (B, R) which of them exist: rows with shorter responses are padded
+    count: int  # of tokens in the mask
 
 
 def make_batch(pairs, end_of_text, device=None):
     """B pairs of (context ids, target ids) -> Batch."""
-    tokens = pad([context + target for context, target in pairs], end_of_text, device)  # (B, T)
-    starts = torch.tensor([len(context) for context, _ in pairs], device=device)  # (B,)
-    lengths = torch.tensor([len(target) for _, target in pairs], device=device)  # (B,)
-    r = torch.arange(max(len(target) for _, target in pairs), device=device)  # (R,)
+    tokens = pad([context + target for context, target in pairs], end_of_text)  # (B, T)
+    starts = torch.tensor([len(context) for context, _ in pairs])  # (B,)
+    lengths = torch.tensor([len(target) for _, target in pairs])  # (B,)
+    r = torch.arange(max(len(target) for _, target in pairs))  # (R,)
     mask = r < lengths[:, None]  # (B, R)
     positions = (starts[:, None] - 1 + r) * mask  # (B, R), 0 outside the mask
-    return Batch(tokens, positions, mask)
+    return Batch(*(to_device(x, device) for x in (tokens, positions, mask)), int(lengths.sum()))
 
 
 def last_scores(model, examples, end_of_text, device):
@@ -158,8 +166,8 @@ def last_scores(model, examples, end_of_text, device):
     gets an end of text, which the reward model has seen at the end of every response in its training."""
     rows = [prompt + response if response[-1] == end_of_text else prompt + response + [end_of_text]
             for prompt, response in examples]
-    last = torch.tensor([[len(row) - 1] for row in rows], device=device)  # (B, 1)
-    return model(pad(rows, end_of_text, device), last).squeeze(1)
+    last = torch.tensor([[len(row) - 1] for row in rows])  # (B, 1)
+    return model(to_device(pad(rows, end_of_text), device), to_device(last, device)).squeeze(1)
 
 
 # ---------------------------------------------------------------- pretraining text

@@ -73,12 +73,10 @@ def no_thread_is_left():  # it might abort Python's exit
         os._exit(1)
 sys.path.insert(0, sys.argv[1])
 import evaluate, ppo, reward, sft
-from common import runtime
 from data import collect
-if "WORLD_SIZE" in os.environ:
-    assert runtime.MAX_LOGITS > 27
-    runtime.MAX_LOGITS = 27  # those of 3 positions, so that log-probabilities are computed piece by piece
 for stage, changes in json.load(open(sys.argv[2])):
+    if "WORLD_SIZE" in os.environ and stage in ("sft", "ppo"):
+        changes["logits_memory"] = 27 / 2**28  # those of 3 positions, so that log-probabilities are computed piece by piece
     module = globals()[stage]
     module.main(module.Config(**changes))
 """

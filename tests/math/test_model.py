@@ -104,11 +104,10 @@ def test_the_future_has_no_influence_on_the_past():
 
 @pytest.mark.parametrize("at_once", [2**25, 18])  # all logits, and those of two positions
 @pytest.mark.parametrize("placed", [False, True])
-def test_logprobs_at_positions_are_those_of_the_tokens_that_follow(at_once, placed, monkeypatch):  # pitfall 3
-    monkeypatch.setattr("common.runtime.MAX_LOGITS", at_once)
+def test_logprobs_at_positions_are_those_of_the_tokens_that_follow(at_once, placed):  # pitfall 3
     model = random_gpt(dtype=torch.float64)
     if placed:
-        model = cpu().place(model)
+        model = cpu(logits_memory=at_once / 2**28).place(model)
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
     positions = torch.tensor([[0, 1], [0, 0]])
     logits = model(tokens) / 0.7
@@ -123,8 +122,7 @@ def test_logprobs_at_positions_are_those_of_the_tokens_that_follow(at_once, plac
 
 
 def test_there_are_never_more_logits_than_allowed(monkeypatch):
-    monkeypatch.setattr("common.runtime.MAX_LOGITS", 18)
-    model, sizes = cpu().place(random_gpt()), []
+    model, sizes = cpu(logits_memory=18 / 2**28).place(random_gpt()), []
     unembed = model.unembed
     monkeypatch.setattr(model, "unembed", lambda hidden: sizes.append(hidden.shape[0] * 9) or unembed(hidden))
     model(torch.randint(9, (3, 8)), torch.arange(7).repeat(3, 1)).sum().backward()
