@@ -99,8 +99,9 @@ def train_step(learner, pairs, step, lr, config, end_of_text):
         loss = masked_loss(logprobs, batch.mask)
         learner.backward(loss / targets)  # the mean over the global batch
         total += loss.detach()
+    grad_norm = learner.step(lr)
     (total,) = runtime.all_reduce(total)
-    return dict(loss=total / targets, targets=targets, lr=lr, grad_norm=learner.step(lr))
+    return dict(loss=total / targets, targets=targets, lr=lr, grad_norm=grad_norm)
 
 
 @torch.no_grad()

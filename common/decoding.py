@@ -7,30 +7,39 @@ graphs serve all batches.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
+
+from model import GPT
 
 
 class Decoder:
-    """What PlacedGPT.decode calls while sampling. Weights of matrix products are kept in the precision `dtype`: autocast
-    would convert them again for each token."""
+    """What a placed model decodes by while sampling. Weights of matrix products are copied in the precision `dtype`, because
+    autocast would convert them again for each token, and the unembedding with `pad` more rows (see layers.PlacedGPT)."""
 
-    def __init__(self, model, dtype):
-        self.model, self.dtype, self.copies = model, dtype, {}
-        self.network = Network(model)
-        self.storage = self.loaded = None
+    def __init__(self, model, dtype, pad=0):
+        self.model, self.pad = model, pad
+        with torch.device("meta"):
+            self.network = GPT(model.config)
+        weights = dict(model.state_dict())
+        self.copies = {}  # name: copy
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and dtype != torch.float32:
+                for kind in ("weight", "bias"):
+                    self.copies[f"{name}.{kind}"] = torch.empty_like(weights[f"{name}.{kind}"], dtype=dtype)
+        self.network.load_state_dict(weights | self.copies, assign=True)
+        self.network.eval().requires_grad_(False)
+        self.unembedding = self.storage = self.loaded = None
         self.graphs = {}  # (rows, slots): Graph
 
     def update(self):
         """Copy the weights, which an update may have changed, to where the graphs read them."""
-        for name, module in self.network.named_modules():
-            if isinstance(module, nn.Linear) and self.dtype != torch.float32:
-                for kind, parameter in module.named_parameters(recurse=False):
-                    key = f"{name}.{kind}"
-                    if key not in self.copies:
-                        self.copies[key] = torch.empty_like(parameter, dtype=self.dtype)
-                    self.copies[key].copy_(parameter.detach())
+        weights = dict(self.model.named_parameters())
+        for name, copy in self.copies.items():
+            copy.copy_(weights[name].detach())
+        self.unembedding = F.pad(self.model.tokens.weight.detach(), (0, 0, 0, self.pad))
 
+    @torch.no_grad()
     def __call__(self, tokens, cache):
         """tokens (B,), the next of each row of the KVCache -> their hidden states (B, C), valid until the next call."""
         if cache.keys_values is not self.loaded:
@@ -66,19 +75,8 @@ class Decoder:
             self.storage = None
             self.storage = torch.zeros(size, dtype=like.dtype, device=like.device)
         graph = Graph(self.storage[:size].view(shape))
-        graph.replay = capture(lambda: graph.run(self.network, self.copies))
+        graph.replay = capture(lambda: graph.run(self.network))
         return graph
-
-
-class Network(nn.Module):
-    """Trunk.hidden as a module's forward, which is what functional_call calls."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens, cache):
-        return self.model.hidden(tokens, cache)
 
 
 class Graph:
@@ -100,9 +98,9 @@ class Graph:
         values.index_copy_(2, self.slot, v.to(values.dtype))
         return keys, values
 
-    def run(self, network, weights):
+    def run(self, network):
         self.mask.index_fill_(3, self.slot, 0)
-        self.hidden = functional_call(network, weights, (self.tokens, self))  # (B, 1, C)
+        self.hidden = network.hidden(self.tokens, self)  # (B, 1, C)
         self.slot += 1
         self.lengths += 1
 

@@ -16,7 +16,6 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.config import Parser, UserError, guard, number
-from common.runtime import RuntimeConfig
 from model import GPT, PRESETS, GPTConfig, ScalarModel
 
 GIB = 2**30
@@ -41,22 +40,23 @@ def activations(config, tokens, width, activation_checkpointing):
     return kept + 2 * config.width * width * tokens  # the embedding's sum and the last norm
 
 
-def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activation_checkpointing=False):
+def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activation_checkpointing=False, logits_memory=4.0,
+         length=None):
     """-> {what: bytes per GPU}. batch: episodes an iteration, all of them sampled at once; micro_batch: rows of a
-    training pass, all as long as the context; width: bytes of a number in matrix products."""
+    training pass, all of `length` tokens (the context's); width: bytes of a number in matrix products."""
     whole, block = parameters(GPT, config)
     scalar, _ = parameters(ScalarModel, config)
     part, blocks = gpus if shard else 1, config.layers * block
-    rows, T = -(-batch // gpus), config.context
+    rows, T = -(-batch // gpus), length or config.context
     logits = min(4 * micro_batch * T * config.vocab_size,  # of pretraining text every position has a target
-                 RuntimeConfig.logits_memory * GIB)
+                 logits_memory * GIB)
     sizes = {
         "policy": 4 * whole / part,
         "value": 4 * scalar / part,
         "reference": 4 * whole / part,
         "reward": 4 * scalar / part,
         "moving average": 4 * whole / part,
-        "gradients": 4 * (whole + scalar) / part,
+        "gradients": 4 * max(whole, scalar) / part,  # of one model at a time
         "optimizer": 8 * (whole + scalar) / part,
         # What is computed with: in 16 bits a copy of the blocks; sharded, one block (the next is on its way) and, in float32,
         # the ends; and their gradients.

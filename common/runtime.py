@@ -29,7 +29,7 @@ class RuntimeConfig:
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
     compile: bool = False  # torch.compile the blocks
-    logits_memory: float = 1.0  # GiB of logits held at once; if there are more, they are computed in pieces, twice
+    logits_memory: float = 0.0  # GiB of logits at once; more are computed in pieces, twice; 0: 1, or 1/20 of a GPU's memory
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
     resume: bool = True  # resume a stopped run of the same configuration
 
@@ -136,7 +136,8 @@ class Runtime:
         """Put the model on this rank's device; with --shard, a part of it."""
         if isinstance(model, GPT):
             model.__class__ = layers.PlacedGPT
-            model.max_logits = int(self.config.logits_memory * 2**28)  # of 4 bytes
+            model.max_logits = int((self.config.logits_memory or default_logits_memory(self.device)) * 2**28)  # of 4 bytes
+            model.pad = -model.config.vocab_size % 64 if self.device.type == "cuda" else 0
         if self.config.compile or self.config.activation_checkpointing:
             for block in model.blocks:
                 block.__class__ = layers.PlacedBlock
@@ -167,7 +168,7 @@ class Runtime:
                 model.reshard()
             elif self.device.type == "cuda":
                 if not hasattr(model, "recorded"):
-                    model.recorded = Decoder(model, self.dtype)
+                    model.recorded = Decoder(model, self.dtype, model.pad)
                 model.recorded.update()
                 model.decoder = model.recorded
                 yield None
@@ -175,6 +176,11 @@ class Runtime:
             else:
                 with onednn.packed(model):
                     yield None
+
+
+def default_logits_memory(device):
+    """GiB"""
+    return torch.cuda.get_device_properties(device).total_memory / 20 / 2**30 if device.type == "cuda" else 1.0
 
 
 def local_sum(*numbers):

@@ -130,7 +130,7 @@ def length(pair):
 def pad(rows, value):
     """Rows of unequal length -> (B, T), padded at the end: pad([[5, 6], [7]], 0) = [[5, 6], [7, 0]]."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row] + [value] * (longest - len(row)) for row in rows])
+    return torch.from_numpy(np.array([[*row] + [value] * (longest - len(row)) for row in rows], dtype=np.int64))
 
 
 def to_device(tensor, device):

@@ -162,8 +162,8 @@ def abilities(model, tokenizer, config, runtime):
     items = tasks.distinct(readers.read_jsonl(f"{config.data}/tasks.test.jsonl", "tasks"))
     pages, documents = tasks.load_pages(f"{config.data}/pretrain.valid.bin", tokenizer, model.config.context)
     bias = [task for task in items if task["task"] == "bias"]
+    correct = tasks.answer_tasks(model, items, tokenizer, runtime)
     with runtime.autocast():
-        correct = tasks.answer_tasks(model, items, tokenizer, runtime.device)
         next_words = by_group(documents, tasks.next_words(model, pages, tokenizer, runtime.device))
         logprobs = tasks.choice_logprobs(model, bias, tokenizer, runtime.device)
     stereotype = torch.tensor(logprobs).softmax(1)[:, 0].tolist()

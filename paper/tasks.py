@@ -62,28 +62,30 @@ def choice_logprobs(model, tasks, tokenizer, device):
     return [[sums[i, c] for c in range(len(task["choices"]))] for i, task in enumerate(tasks)]
 
 
-def greedy_lines(model, tasks, tokenizer):
+def greedy_lines(model, tasks, tokenizer, runtime):
     """How greedy decoding continues each task's context, up to the end of the line."""
     longest = max(len(tokenizer.encode(task["target"])) for task in tasks) + 4
     contexts, lines = [tokenizer.encode(task["context"]) for task in tasks], []
     for start in range(0, len(tasks), 256):
         chosen = contexts[start : start + 256]
-        responses = generate(model, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
+        with runtime.sampling(model):
+            responses = generate(model, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
         lines += [tokenizer.decode(ids).split("\n")[0] for ids in responses]
     return lines
 
 
-def answer_tasks(model, tasks, tokenizer, device):
+def answer_tasks(model, tasks, tokenizer, runtime):
     """1.0 or 0.0 for each task. With choices: is the right one the most likely? With a target: does greedy decoding
     continue with exactly that line?"""
     correct = [0.0] * len(tasks)
     with_choices = [i for i, task in enumerate(tasks) if task.get("choices")]
-    all_logprobs = choice_logprobs(model, [tasks[i] for i in with_choices], tokenizer, device)
+    with runtime.autocast():
+        all_logprobs = choice_logprobs(model, [tasks[i] for i in with_choices], tokenizer, runtime.device)
     for i, logprobs in zip(with_choices, all_logprobs):
         correct[i] = float(logprobs.index(max(logprobs)) == tasks[i]["answer"])
     with_target = [i for i, task in enumerate(tasks) if not task.get("choices")]
     if with_target:
-        for i, line in zip(with_target, greedy_lines(model, [tasks[i] for i in with_target], tokenizer)):
+        for i, line in zip(with_target, greedy_lines(model, [tasks[i] for i in with_target], tokenizer, runtime)):
             correct[i] = float(line.strip() == tasks[i]["target"].strip())
     return correct
 
@@ -119,9 +121,9 @@ def alignment_tax(models, config, tokenizer, runtime):
 
     def answer(i):
         model = models[names[i]]
+        correct = answer_tasks(model, items, tokenizer, runtime)
         with runtime.autocast():
-            return (answer_tasks(model, items, tokenizer, runtime.device) +
-                    next_words(model, pages, tokenizer, runtime.device))
+            return correct + next_words(model, pages, tokenizer, runtime.device)
 
     correct = dict(zip(names, runtime.distribute(len(names), answer)))  # {model: one number per item}
     groups = [(task["task"], task["context"]) for task in items] + [(NEXT_WORD, document) for document in documents]

@@ -23,12 +23,12 @@ def text(tokens, rng):
     return "".join(" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2)) for _ in range(tokens))
 
 
-def write_dataset(folder, rows=256, K=9):
-    """Prompts of 16 to 64 tokens, responses of 8 to 192, those that are ranked of 8 to 64; pages of 64 to 256."""
+def write_dataset(folder, rows=256, K=9, prompt_tokens=(16, 64), page_tokens=(64, 256)):
+    """Responses have 8 to 192 tokens, those that are ranked 8 to 64."""
     rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
     folder.mkdir()
     tokenizer().save(folder)
-    prompts = [text(rng.randint(16, 64), rng) for _ in range(rows)]
+    prompts = [text(rng.randint(*prompt_tokens), rng) for _ in range(rows)]
     readers.write_jsonl(folder / "prompts.train.jsonl", [{"prompt": p, **one} for p in prompts])
     for split in ("train", "valid"):
         readers.write_jsonl(folder / f"demonstrations.{split}.jsonl", [
@@ -36,7 +36,7 @@ def write_dataset(folder, rows=256, K=9):
         readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
             {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(K)],
              "ranks": rng.sample(range(1, K + 1), K), **one} for p in prompts[:96]])
-        pages = [text(rng.randint(64, 256), rng) for _ in range(8 * rows)]
+        pages = [text(rng.randint(*page_tokens), rng) for _ in range(8 * rows)]
         readers.write_tokens(folder / f"pretrain.{split}.bin", pages, tokenizer())
     return folder
 

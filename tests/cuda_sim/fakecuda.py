@@ -24,6 +24,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -232,6 +233,7 @@ class FakeCuda:
             "synchronize": lambda *device: self.sync("synchronize"),
             "is_bf16_supported": lambda including_emulation=True: self.bf16 or including_emulation,
             "get_device_capability": lambda *device: self.capability,
+            "get_device_properties": lambda *device: types.SimpleNamespace(total_memory=80 * 2**30, name="simulated"),
         }
         for name, answer in answers.items():
             self.stack.enter_context(mock.patch.object(torch.cuda, name, answer))

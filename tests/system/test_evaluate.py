@@ -135,7 +135,7 @@ def test_a_choice_is_right_if_its_summed_logprob_is_the_highest(letters):
              {"task": "t", "context": "bcd", "choices": ["ha", "c", "f"], "answer": 0},
              # After g, a and c are alike: so cd is a little less likely, though likelier a token.
              {"task": "t", "context": "g", "choices": ["a", "cd"], "answer": 0}]
-    assert zero_shot.answer_tasks(Bigram(table), tasks, letters.tokenizer, "cpu") == [1, 0, 1]
+    assert zero_shot.answer_tasks(Bigram(table), tasks, letters.tokenizer, cpu()) == [1, 0, 1]
 
 
 def test_a_target_is_right_if_greedy_decoding_goes_on_with_that_line_and_no_other(monkeypatch):
@@ -147,15 +147,15 @@ def test_a_target_is_right_if_greedy_decoding_goes_on_with_that_line_and_no_othe
         return [tokenizer.encode(says[tokenizer.decode(p)])[:count] for p in prompts]
     monkeypatch.setattr(zero_shot, "generate", fake)
     tasks = [{"task": "t", "context": context, "target": " yes."} for context in says]
-    assert zero_shot.answer_tasks(None, tasks, tokenizer, "cpu") == [1, 0, 0, 1]
+    assert zero_shot.answer_tasks(None, tasks, tokenizer, cpu()) == [1, 0, 0, 1]
 
 
 def test_answers_to_tasks_do_not_depend_on_what_else_is_in_the_batch(letters):  # pitfall 4
     model, rng = random_gpt(), random.Random(0)
     word = lambda most: "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, most)))
     many = [{"task": "t", "context": word(20), "choices": [word(5), word(5)], "answer": 0} for _ in range(40)]
-    together = zero_shot.answer_tasks(model, many, letters.tokenizer, "cpu")
-    assert together == [zero_shot.answer_tasks(model, [task], letters.tokenizer, "cpu")[0] for task in many]
+    together = zero_shot.answer_tasks(model, many, letters.tokenizer, cpu())
+    assert together == [zero_shot.answer_tasks(model, [task], letters.tokenizer, cpu())[0] for task in many]
     assert 0 < sum(together) < 40
 
 
@@ -163,7 +163,7 @@ def test_scores_are_those_of_each_text_alone_at_its_end_of_text(letters):  # pit
     model = random_gpt(kind=ScalarModel)
     records = [{"prompt": p} for p in ("bcd", "e", "fff", "g")] * 35  # more than a batch
     texts = ["a", "bcdefgh", "", "hh"] * 35
-    scores = score_responses(model, records, texts, letters.tokenizer, "cpu")
+    scores = score_responses(model, records, texts, letters.tokenizer, cpu())
     alone = [model(torch.tensor([letters.tokenizer.encode(r["prompt"] + t) + [END]]))[0, -1].item()
              for r, t in zip(records, texts)]
     assert scores == pytest.approx(alone, abs=1e-5)
@@ -171,7 +171,7 @@ def test_scores_are_those_of_each_text_alone_at_its_end_of_text(letters):  # pit
 
 def test_a_response_longer_than_the_context_is_cut_and_scored_at_an_end_of_text(letters):  # pitfalls 5, 30
     model = random_gpt(kind=ScalarModel, context=8)
-    (score,) = score_responses(model, [{"prompt": "bcd"}], ["abcdefgh"], letters.tokenizer, "cpu")
+    (score,) = score_responses(model, [{"prompt": "bcd"}], ["abcdefgh"], letters.tokenizer, cpu())
     cut = letters.tokenizer.encode("bcd" + "abcd") + [END]  # 8 tokens
     assert score == pytest.approx(model(torch.tensor([cut]))[0, -1].item(), abs=1e-5)
 
