@@ -176,18 +176,21 @@ def chain(tmp_path_factory):
     data, out = str(folder / "data"), folder / "out"
     cpu = dict(data=data, device="cpu")
     prepare.main(prepare.Config(out=data, documents=300, log=700, customers=40, demonstrations=64, tasks=4, vocab_size=600))
-    sft.main(sft.Config(**cpu, out=f"{out}/base", init="scratch", size="nano", pretrain_mix=1.0, epochs=2, lr=3e-3))
-    sft.main(sft.Config(**cpu, out=f"{out}/sft", init=f"{out}/base/model.pt", epochs=2, batch_size=16, pretrain_mix=0.125))
-    collecting = collect.Config(**cpu, sources=f"{out}/sft/model.pt@1,{out}/base/model.pt@0.7", prompts=40, valid_prompts=12,
-                                most=5, max_new_tokens=24, batch_size=16)
-    collect.main(collecting)
-    reward.main(reward.Config(**cpu, out=f"{out}/reward", init=f"{out}/sft/model.pt"))
     rl = dict(policy=f"{out}/sft/model.pt", reward=f"{out}/reward/model.pt", iterations=2, batch_size=8, minibatch_size=4,
               max_new_tokens=24)
-    ppo.main(ppo.Config(**cpu, **rl, out=f"{out}/ppo", ptx_coef=0.5))
-    ppo.main(ppo.Config(**cpu, **rl, out=f"{out}/ppo_noptx", ptx_coef=0.0))
+    stages = {
+        "base": sft.Config(**cpu, out=f"{out}/base", init="scratch", size="nano", pretrain_mix=1.0, epochs=2, lr=3e-3),
+        "sft": sft.Config(**cpu, out=f"{out}/sft", init=f"{out}/base/model.pt", epochs=2, batch_size=16, pretrain_mix=0.125),
+        "collect": collect.Config(**cpu, sources=f"{out}/sft/model.pt@1,{out}/base/model.pt@0.7", prompts=40, valid_prompts=12,
+                                  most=5, max_new_tokens=24, batch_size=16),
+        "reward": reward.Config(**cpu, out=f"{out}/reward", init=f"{out}/sft/model.pt"),
+        "ppo": ppo.Config(**cpu, **rl, out=f"{out}/ppo", ptx_coef=0.5),
+        "ppo_noptx": ppo.Config(**cpu, **rl, out=f"{out}/ppo_noptx", ptx_coef=0.0),
+    }
+    for config in stages.values():
+        sys.modules[type(config).__module__].main(config)
     report = evaluate.Config(**cpu, out=str(out), prompts=12, max_new_tokens=24)
-    return SimpleNamespace(data=Path(data), out=out, collecting=collecting, report=report)
+    return SimpleNamespace(data=Path(data), out=out, stages=stages, collecting=stages["collect"], report=report)
 
 
 # ---------------------------------------------------------------- what tests say often

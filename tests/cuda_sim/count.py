@@ -9,7 +9,8 @@ each stage: the lines of code that wait. Takes about a minute.
 import collections
 import tempfile
 
-import drive
+import drive  # before torch
+import checks
 import fakecuda
 import torch
 
@@ -47,20 +48,6 @@ def print_step(name, counts, steps):
         print(f"{number / steps:10.2f}  {kind} attention by {kernel:<18} {place}")
 
 
-def decoding_kernels(gpu, layers=12):
-    """Kernels per token of `generate`: those of 17 tokens minus those of 1. A random model rarely ends a response."""
-    torch.manual_seed(0)
-    totals = []
-    config = model.GPTConfig(vocab_size=600, context=256, layers=layers, heads=2, width=32)
-    with gpu, torch.autocast("cuda", torch.bfloat16):
-        gpt = model.GPT(config).to("cuda")
-        for tokens in (1, 17):
-            gpu.reset()
-            model.generate(gpt, [[1] * (20 + i) for i in range(8)], tokens, torch.rand(8, tokens))
-            totals.append(sum(gpu.kernels.values()))
-    return (totals[1] - totals[0]) / 16
-
-
 def main():
     torch.set_num_threads(1)
     gpu = fakecuda.FakeCuda()
@@ -75,7 +62,7 @@ def main():
             steps = result["steps"][1:-1] or result["steps"][-1:] or [result["total"]]  # the last one may validate or save
             total = {kind: sum((step[kind] for step in steps), collections.Counter()) for kind in steps[0]}
             print_step(f"{name}, {'a step' if result['steps'] else 'in all'}", total, len(steps))
-    print(f"\ndecoding: {decoding_kernels(gpu):.0f} kernels per token")
+    print(f"\ndecoding: {checks.kernels_per_token():.0f} kernels per token")
 
 
 if __name__ == "__main__":

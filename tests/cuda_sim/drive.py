@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [os.fspath(Path(__file__).resolve().parent), os.fspath(Path(__file__).resolve().parents[2])]
 
@@ -39,8 +40,8 @@ def minus(after, before):
 
 @contextlib.contextmanager
 def settings_of_runs(gpu, precision, snapshots):
-    """Inside, stages without --precision compute in `precision`, sampling records no CUDA graphs, and the counts at each
-    line of a run's log are appended to `snapshots`."""
+    """Inside, stages without --precision compute in `precision`, and the counts at each line of a run's log are appended to
+    `snapshots`."""
     log = Run.log
 
     def log_and_count(self, step, **numbers):
@@ -50,10 +51,8 @@ def settings_of_runs(gpu, precision, snapshots):
     with contextlib.ExitStack() as stack:
         for module in (evaluate, sample, collect):
             in_precision = functools.partial(RuntimeConfig, precision=precision)
-            stack.enter_context(fakecuda.mock.patch.object(module, "RuntimeConfig", in_precision))
-        stack.enter_context(fakecuda.mock.patch.object(Run, "log", log_and_count))
-        if importlib.util.find_spec("common.decoding"):
-            stack.enter_context(fakecuda.mock.patch("common.decoding.capture", gpu.capture))
+            stack.enter_context(mock.patch.object(module, "RuntimeConfig", in_precision))
+        stack.enter_context(mock.patch.object(Run, "log", log_and_count))
         yield
 
 
@@ -76,7 +75,7 @@ def run(gpu, module, settings, precision):
 def check(function):
     """Call a function of checks.py -> dict(error: a traceback or None, value: what it returned)."""
     try:
-        return dict(error=None, value=function(fakecuda))
+        return dict(error=None, value=function())
     except Exception:
         return dict(error=traceback.format_exc(), value=None)
 

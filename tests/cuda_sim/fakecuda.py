@@ -66,6 +66,7 @@ aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)  # compute capabilities
+MIXED = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({})"
 
 # Operators that take CPU tensors next to those of CUDA: copies, and indices, which are copied.
 TAKE_BOTH = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default,
@@ -242,6 +243,8 @@ class FakeCuda:
         future = torch.__future__
         self.stack.callback(future.set_overwrite_module_params_on_conversion, future.get_overwrite_module_params_on_conversion())
         future.set_overwrite_module_params_on_conversion(True)
+        if "common.decoding" in sys.modules:
+            self.stack.enter_context(mock.patch("common.decoding.capture", self.capture))
         self.stack.enter_context(OperatorHook(self))
         self.stack.enter_context(FunctionHook(self))
         return self
@@ -258,8 +261,8 @@ class FakeCuda:
             yield
 
     def capture(self, work):
-        """Stands in for recording work() as a CUDA graph: a function that does the work again. The host may wait for
-        nothing in it."""
+        """Stands in for common.decoding.capture, which records work() as a CUDA graph: does the work, and returns a function
+        that does it again. The host must not wait for the device in it."""
         def replay():
             self.capturing = True
             try:
@@ -372,15 +375,14 @@ class FakeCuda:
 
     def check_devices(self, func, name, args, on_cpu):
         """RuntimeError where CUDA has one. on_cpu: the arguments that are CPU tensors."""
-        problem = f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
         is_index = name in ("index", "_unsafe_index") or "index_put" in name
         if is_index and not isinstance(args[0], CudaTensor):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if "index_put" in name and not isinstance(args[2], CudaTensor) and args[2].numel() > 1:
-            raise RuntimeError(problem)
+            raise RuntimeError(MIXED.format(func))
         takes_scalars = torch.Tag.pointwise in func.tags or name in TAKE_CPU_SCALARS
         if func not in TAKE_BOTH and any(t.dim() > 0 or not takes_scalars for t in on_cpu):
-            raise RuntimeError(problem)
+            raise RuntimeError(MIXED.format(func))
 
     # ---- attention
 
@@ -391,7 +393,7 @@ class FakeCuda:
             if attn_mask is not None and attn_mask.dtype != torch.bool:
                 attn_mask = attn_mask.to(dtype)
         if not all(isinstance(x, CudaTensor) for x in (q, k, v, attn_mask) if x is not None):
-            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (attention)")
+            raise RuntimeError(MIXED.format("attention"))
         if not q.dtype == k.dtype == v.dtype:
             raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {q.dtype} {k.dtype} {v.dtype}")
         if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype):
