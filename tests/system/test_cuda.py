@@ -29,8 +29,8 @@ SFT_STEP = 4
 REWARD_STEP = 8  # 8 prompts
 PPO_ITERATION = 60  # 64 episodes in 4 minibatches, 48 new tokens, PPO-ptx
 EVALUATE_MORE_PROMPTS = 6  # how many more for 48 prompts than for 12, in the same number of batches
-# Kernels per sampled token with 12 layers: 189 were measured.
-TOKEN_KERNELS = 208
+# Kernels per sampled token with 12 layers, those of a replayed graph included: 203 were measured.
+TOKEN_KERNELS = 223
 
 STAGES = ("base", "sft", "collect", "reward", "ppo", "ppo_noptx", "evaluate", "sample")
 WAYS = {"float32": "A100", "bf16": "H100", "fp16": "T4"}  # precision: the device it is tried on
@@ -51,7 +51,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing, which builds the simulated device"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="the simulated device needs the CPU build of PyTorch"),
 ]
-not_yet = pytest.mark.xfail(strict=False, reason="to be fixed in the code")
 
 
 @pytest.fixture(scope="session")
@@ -202,23 +201,20 @@ def test_in_float32_a_gpu_shows_the_same_tokens_and_numbers(results, capsys):
 
 # ---------------------------------------------------------------- device, precision, attention
 
-@not_yet
 def test_auto_is_bf16_where_a_gpu_computes_with_it_and_fp16_elsewhere(results):
     assert value(results, "precision_on_each_device") == {"H100": "bf16", "A100": "bf16", "T4": "fp16"}
 
 
-@not_yet
 def test_the_device_cuda_is_the_gpu_of_this_process(results):
     value(results, "device_cuda_without_an_index")
 
 
-@pytest.mark.parametrize("device", [pytest.param("H100", marks=not_yet), "A100", "T4"])
+@pytest.mark.parametrize("device", ["H100", "A100", "T4"])
 def test_prompts_take_flash_attention_and_tokens_the_efficient_one(results, device):
     kernels = {"prompts": "efficient" if device == "T4" else "flash", "tokens": "efficient"}
     assert value(results, "attention_while_sampling")[device] == kernels
 
 
-@not_yet
 def test_no_stage_uses_cudnn_attention(results):
     used = {kernel for result in results["bf16"].values() for _, _, _, kernel in result["total"]["attention"]}
     assert used and not used & {"cudnn", "math"}
@@ -232,19 +228,16 @@ def syncs_per_step(result, step):
     return sum(number for number, _, _ in waits), waits
 
 
-@not_yet
 def test_an_sft_step_waits_rarely(results):
     number, waits = syncs_per_step(results["counts"]["sft"], 1)
     assert number <= SFT_STEP, waits
 
 
-@not_yet
 def test_a_reward_step_waits_rarely(results):
     number, waits = syncs_per_step(results["counts"]["reward"], 1)
     assert number <= REWARD_STEP, waits
 
 
-@not_yet
 def test_a_ppo_iteration_waits_rarely(results):
     number, waits = syncs_per_step(results["counts"]["ppo"], 1)
     assert number <= PPO_ITERATION, waits
