@@ -88,7 +88,8 @@ def main():
         raise UserError("every size is at least 1")
     shape = GPTConfig(**PRESETS[config.preset])
     sizes = plan(shape, config.gpus, config.batch, config.micro_batch, width=4 if config.precision == "float32" else 2,
-                 shard=config.shard, activation_checkpointing=config.activation_checkpointing)
+                 shard=config.shard, activation_checkpointing=config.activation_checkpointing,
+                 logits_memory=config.memory / 20)  # the default of --logits_memory
     print(f"{config.preset}: {parameters(GPT, shape)[0]:,} parameters; GiB a GPU, of {config.gpus}"
           f"{', sharded' * config.shard}{', with activation checkpointing' * config.activation_checkpointing}:\n")
     for what, size in sizes.items():

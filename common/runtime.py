@@ -23,8 +23,8 @@ from model import GPT
 @dataclass(frozen=True)
 class RuntimeConfig:
     """How a stage is run: this changes its speed and memory, and its results by rounding only."""
-    device: str = "auto"  # cpu, cuda, mps, or auto: a GPU if there is one
-    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on an NVIDIA GPU, else float32
+    device: str = "auto"  # cpu, cuda, cuda:N, or auto: cuda if available
+    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on a GPU, float32 on a CPU
     micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
@@ -105,9 +105,8 @@ class Runtime:
         them is there."""
         on_device = any(isinstance(n, torch.Tensor) and n.device.type != "cpu" for n in numbers)
         device = self.device if on_device else torch.device("cpu")
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        total = torch.stack([n.detach().to(device, dtype) if isinstance(n, torch.Tensor)
-                             else torch.full((), n, dtype=dtype, device=device) for n in numbers])
+        total = torch.stack([n.detach().to(device, torch.float64) if isinstance(n, torch.Tensor)
+                             else torch.full((), n, dtype=torch.float64, device=device) for n in numbers])
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()

@@ -5,8 +5,8 @@ import torch
 
 from common import decoding
 from common.layers import PlacedGPT
+from conftest import random_gpt
 from model import generate
-from tests.conftest import random_gpt
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import torch
 import evaluate
 from common.config import UserError
 from common.runtime import Runtime, RuntimeConfig
-from conftest import Bigram, random_gpt, write_lines
+from conftest import Bigram, cpu, random_gpt, write_lines
 from data import readers
 from data.judges import Judge, SimulatedLabelers, score_responses, win_rates
 from data.tinyworld import evaluation, labelers, requests, web
@@ -147,7 +147,7 @@ def test_a_target_is_right_if_greedy_decoding_goes_on_with_that_line_and_no_othe
         return [tokenizer.encode(says[tokenizer.decode(p)])[:count] for p in prompts]
     monkeypatch.setattr(zero_shot, "generate", fake)
     tasks = [{"task": "t", "context": context, "target": " yes."} for context in says]
-    assert zero_shot.answer_tasks(None, tasks, tokenizer, cpu()) == [1, 0, 0, 1]
+    assert zero_shot.answer_tasks(random_gpt(), tasks, tokenizer, cpu()) == [1, 0, 0, 1]
 
 
 def test_answers_to_tasks_do_not_depend_on_what_else_is_in_the_batch(letters):  # pitfall 4
@@ -163,7 +163,7 @@ def test_scores_are_those_of_each_text_alone_at_its_end_of_text(letters):  # pit
     model = random_gpt(kind=ScalarModel)
     records = [{"prompt": p} for p in ("bcd", "e", "fff", "g")] * 35  # more than a batch
     texts = ["a", "bcdefgh", "", "hh"] * 35
-    scores = score_responses(model, records, texts, letters.tokenizer, cpu())
+    scores = score_responses(model, records, texts, letters.tokenizer, "cpu")
     alone = [model(torch.tensor([letters.tokenizer.encode(r["prompt"] + t) + [END]]))[0, -1].item()
              for r, t in zip(records, texts)]
     assert scores == pytest.approx(alone, abs=1e-5)
@@ -171,7 +171,7 @@ def test_scores_are_those_of_each_text_alone_at_its_end_of_text(letters):  # pit
 
 def test_a_response_longer_than_the_context_is_cut_and_scored_at_an_end_of_text(letters):  # pitfalls 5, 30
     model = random_gpt(kind=ScalarModel, context=8)
-    (score,) = score_responses(model, [{"prompt": "bcd"}], ["abcdefgh"], letters.tokenizer, cpu())
+    (score,) = score_responses(model, [{"prompt": "bcd"}], ["abcdefgh"], letters.tokenizer, "cpu")
     cut = letters.tokenizer.encode("bcd" + "abcd") + [END]  # 8 tokens
     assert score == pytest.approx(model(torch.tensor([cut]))[0, -1].item(), abs=1e-5)
 

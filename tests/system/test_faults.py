@@ -907,16 +907,16 @@ def test_the_loss_scale_goes_on_where_it_was(letters, stop_and_go_on, monkeypatc
 
 def test_compiled_blocks_compute_the_same(monkeypatch):
     """Traced in earnest, but run without the compiler, which takes half a minute of a CPU."""
-    compile, compiled = torch.nn.Module.compile, []
+    compile, compiled = torch.compile, []
 
-    def traced(self, **how):
-        compiled.append(type(self).__name__)
-        compile(self, **how, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    def traced(function, **how):
+        compiled.append(function.__qualname__)
+        return compile(function, **how, backend="eager")
+    monkeypatch.setattr(torch, "compile", traced)
     plain, placed = random_gpt(), Runtime(RuntimeConfig(device="cpu", compile=True)).place(random_gpt())
     for T in (8, 5):
         torch.testing.assert_close(placed(torch.arange(T)[None]), plain(torch.arange(T)[None]))
-    assert compiled == ["Block", "Block"]
+    assert compiled == ["Block.forward", "Block.forward"]
 
 
 # ---------------------------------------------------------------- malformed data, strange text
