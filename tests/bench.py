@@ -1,14 +1,17 @@
-"""Speed and memory beside the peers, transformers and TRL, and beside the machine's own limit.
+"""Speed and memory next to other projects (transformers, TRL), and next to the limits of the machine.
 
-    make bench                                      # all of it, half an hour on two cores
-    .venv/bin/python tests/bench.py sft ppo         # some of: sampling sft reward ppo pretraining growth
+    make bench                                        # everything, half an hour on two cores
+    .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
+    .venv/bin/python tests/bench.py --table FILE ...  # results of several machines as a Markdown table, one column each
 
-Ours and theirs run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be
-equal is compared before anything is timed. Medians; a ratio is the median of the ratios of neighbouring runs. Where a
-stage is measured, it is the stage's own main(), and TRL's own train(). Peak memory is that of a fresh process each, less what
-it held after its imports.
+All sides run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be equal is
+compared before anything is timed. Times are medians; a ratio is the median of the ratios of neighboring runs, and above 1 where
+this project is faster. Where a stage is measured, it is the stage's own main(), and TRL's own train(). Memory is the peak of a
+fresh process for each side, minus what it held after its imports. A result goes to out/bench/<processor>.json, where rows that
+were measured earlier on the same machine stay.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -16,28 +19,27 @@ import logging
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
-os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, os.fspath(ROOT))
+if __name__ == "__main__":  # before the imports that read them
+    os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1",
+                   "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
 
 import torch
 import torch.nn.functional as F
-import transformers
-import trl
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
-from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 import common.config
 import common.files
@@ -52,9 +54,96 @@ from data import batches, readers
 from data.tokenizer import END, Tokenizer
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
 
-disable_progress_bar()
-logging.disable(logging.WARNING)
 VOCABULARY = 50257
+LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "gpt2": "124M"}
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast matrix products are
+
+
+# ---------------------------------------------------------------- results
+
+def machine():
+    """What a result depends on besides the code."""
+    name, flags = platform.processor(), ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines())
+        fields = {field.strip(): value.strip() for field, value in fields.items()}
+        name = f"{fields.get('model name', name)}, model {fields.get('model', '?')}"  # virtual machines shorten the name
+        flags = fields.get("flags", "")
+    return dict(cpu=name, flags=[flag for flag in CPU_FLAGS if flag in flags.split()], cores=os.cpu_count(),
+                threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2),
+                **{package: version(package) for package in ("torch", "transformers", "trl")})
+
+
+def version(package):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+
+
+def file_name(machine):
+    parts = [re.sub(r"\((r|tm)\)", "", machine["cpu"].lower())]
+    if machine["threads"] != machine["cores"]:
+        parts.append(f"{machine['threads']} threads")
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts)).strip("-") + ".json"
+
+
+class Results:
+    """The rows of one machine. Each is printed and written as soon as it is measured, so a stopped run keeps its rows."""
+
+    def __init__(self, machine, folder):
+        self.path, self.machine, self.rows = folder / file_name(machine), machine, {}
+        if self.path.exists():
+            earlier = json.loads(self.path.read_text())
+            if earlier["machine"] | {"load": None} == machine | {"load": None}:
+                self.rows = {(row["what"], row["against"]): row for row in earlier["rows"]}
+        show("what", "against", "ours", "theirs", "ratio", "aim", "our memory", "theirs")
+        show(*["---"] * 8)
+
+    def add(self, what, against, unit, ours, theirs=None, ratio=None, limit=False, aim="", memory=()):
+        """ours, theirs: numbers of `unit`; ratio: a fraction of a limit, if `limit`; memory: bytes, ours first."""
+        row = dict(what=what, against=against, unit=unit, ours=ours, theirs=theirs, ratio=ratio, limit=limit, aim=aim,
+                   memory=memory, load=self.machine["load"])
+        self.rows[what, against] = row
+        common.files.write_atomically(self.path, lambda path: path.write_text(
+            json.dumps(dict(machine=self.machine, rows=list(self.rows.values())), indent=1)))
+        show(what, against, f"{number(ours)} {unit}", "" if theirs is None else number(theirs), quotient(row), aim,
+             *(f"{size / 2**30:.2f} GiB" for size in memory), *[""] * (2 - len(memory)))
+
+
+def number(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
+
+
+def quotient(row):
+    if row["ratio"] is None:
+        return ""
+    return f"{row['ratio']:.0%}" if row["limit"] else f"{row['ratio']:.2f}×"
+
+
+def show(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def cell(row):
+    """A row of results in one cell of --table: 2.10× (10,403 : 4,950 tokens/s; 0.72 : 0.68 GiB)"""
+    sides = [number(row[side]) for side in ("ours", "theirs") if row[side] is not None]
+    text = f"{' : '.join(sides)} {row['unit']}"
+    if row["memory"]:
+        text += f"; {' : '.join(f'{size / 2**30:.2f}' for size in row['memory'])} GiB"
+    return f"{quotient(row)} ({text})" if row["ratio"] is not None else text
+
+
+def print_table(paths):
+    """Print the results of several files as a Markdown table: a row per measurement, a column per machine."""
+    results = [json.loads(path.read_text()) for path in paths]
+    machines = [result["machine"] for result in results]
+    show("measurement", "against", *(m["cpu"] for m in machines))
+    show(*["---"] * (2 + len(results)))
+    for what, text in (("PyTorch", lambda m: m["torch"]), ("instructions", lambda m: " ".join(m["flags"])),
+                       ("threads, cores", lambda m: f"{m['threads']}, {m['cores']}"), ("load at the start", lambda m: str(m["load"]))):
+        show(what, "", *map(text, machines))
+    columns = [{(row["what"], row["against"]): row for row in result["rows"]} for result in results]
+    for what, against in dict.fromkeys(key for column in columns for key in column):
+        show(what, against, *(cell(column[what, against]) if (what, against) in column else "" for column in columns))
 
 
 # ---------------------------------------------------------------- measuring
@@ -65,31 +154,34 @@ def seconds(work):
     return time.perf_counter() - began
 
 
-def race(ours, theirs, rounds):
-    """ours and theirs return seconds a step -> the median of each, and of the ratios theirs / ours, round by round."""
-    for side in (ours, theirs) if rounds > 2 else ():  # a stage leaves its own first step out; at 124M that has to do
-        side()
-    pairs = [(ours(), theirs()) for _ in range(rounds)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(
-        b / a for a, b in pairs)
+def race(sides, rounds):
+    """Functions that return seconds per step -> the median of each, and the median over the rounds of the time of each but the
+    first divided by the time of the first."""
+    if rounds > 2:  # else the warm-up is the first step, which a stage's own loop leaves out
+        for side in sides:
+            side()
+    times = [[side() for side in sides] for _ in range(rounds)]
+    ratios = [statistics.median(row[i] / row[0] for row in times) for i in range(1, len(sides))]
+    return [statistics.median(column) for column in zip(*times)], ratios
 
 
 def limits():
-    """-> {precision: matrix products, in FLOP/s} as PyTorch has them, the same by oneDNN if that is faster, and memory's bytes/s,
-    read and written."""
+    """-> {precision: matrix products of PyTorch, in FLOP/s}, {precision: those of oneDNN}, and the bytes/s that copying reads
+    and writes."""
     def best(work, n=7):
         work()
         return statistics.median(seconds(work) for _ in range(n))
 
-    plain, rates = {}, {}
+    plain, onednn = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 2048, 2048).to(dtype)
-        m = a.to_mkldnn()
         plain[dtype] = 2 * 2048**3 / best(lambda: a @ b)
-        rates[dtype] = max(plain[dtype], 2 * 2048**3 / best(lambda: F.linear(m, b)))
+        if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            m = a.to_mkldnn()
+            onednn[dtype] = 2 * 2048**3 / best(lambda: F.linear(m, b))
     x = torch.randn(2**26)
     y = torch.empty_like(x)
-    return plain, rates, 2 * x.nbytes / best(lambda: y.copy_(x))
+    return plain, onednn, 2 * x.nbytes / best(lambda: y.copy_(x))
 
 
 class Enough(Exception):
@@ -97,7 +189,7 @@ class Enough(Exception):
 
 
 def steps_of(main, config, steps):
-    """Mean seconds a step of a stage's own loop, without its set-up and first step."""
+    """Mean seconds per step of a stage's own loop, without its set-up and first step."""
     times = []
 
     def log(run, step, **numbers):
@@ -116,33 +208,40 @@ def quiet():
         yield
 
 
-class Clock(TrainerCallback):
-    def __init__(self):
-        self.times = []
+def peer_steps(make_trainer):
+    """Mean seconds per step of the trainer that make_trainer(callbacks) makes, without its set-up and first step."""
+    from transformers import TrainerCallback
+    times = []
 
-    def on_step_end(self, *args, **kwargs):
-        self.times.append(time.perf_counter())
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+    with quiet():
+        make_trainer([Clock()]).train()
+    return (times[-1] - times[0]) / (len(times) - 1)
 
-    @property
-    def mean(self):
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
-
-def apart(what, *arguments, **shape):
-    """What `--WHAT` of this script prints last, in a process of its own: memory that one row has freed is kept by its process."""
-    command = [sys.executable, __file__, f"--{what}", *map(str, arguments), json.dumps(shape)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def apart(**task):
+    """The result of child(**task) in a fresh process: memory that one row has freed would stay with this one."""
+    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(task)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")
+        raise RuntimeError(f"{json.dumps(task)}: exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_memory(row, side, folder, **shape):
-    """Bytes that the same steps of one side take at most, above what its process's imports took."""
-    return apart("peak", row, side, folder, **shape)
+def child(part, folder, how, rounds=None, side=None):
+    """With `rounds`: check that the sides agree, then race them. With `side`: the bytes that its steps take at most, minus those
+    held after the imports."""
+    sides, check, count, unit = SIDES[part](Path(folder), **how)
+    if side is None:
+        check()
+        return dict(names=list(sides), count=count, unit=unit, race=race(list(sides.values()), rounds))
+    before = process_memory("VmRSS")
+    list(sides.values())[side]()
+    return process_memory("VmHWM") - before
 
 
-def status(field):
+def process_memory(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
@@ -170,11 +269,12 @@ def sample(model, prompts, new, uniforms, temperature=1.0, precision="float32"):
         return generate(model, prompts, new, uniforms, temperature)
 
 
-def peer_of(model, kind, folder):
+def peer_of(model, folder):
     """The same weights, in transformers' model."""
-    write = write_scalar_model if isinstance(model, ScalarModel) else write_policy
-    write(folder / "exported", model)
-    return kind.from_pretrained(folder / "exported")
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+    scalar = isinstance(model, ScalarModel)
+    (write_scalar_model if scalar else write_policy)(folder / "exported", model)
+    return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel).from_pretrained(folder / "exported")
 
 
 @functools.cache
@@ -188,6 +288,7 @@ def tokenizer():
 
 
 def peer_tokenizer(folder, padding):
+    from transformers import AutoTokenizer
     tokenizer().save_gpt2(folder / "exported", 1024, padding)
     return AutoTokenizer.from_pretrained(folder / "exported", **{} if padding else {"pad_token": END})
 
@@ -199,7 +300,7 @@ def text(tokens, rng):
 def write_dataset(folder, rows=256, K=9):
     """Prompts of 16 to 64 tokens, responses of 8 to 192, those that are ranked of 8 to 64."""
     rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     tokenizer().save(folder)
     prompts = [text(rng.randint(16, 64), rng) for _ in range(rows)]
     readers.write_jsonl(folder / "prompts.train.jsonl", [{"prompt": p, **one} for p in prompts])
@@ -209,7 +310,6 @@ def write_dataset(folder, rows=256, K=9):
         readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
             {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(K)],
              "ranks": rng.sample(range(1, K + 1), K), **one} for p in prompts[:96]])
-    return folder
 
 
 def mixed_prompts(count, shortest, longest, vocabulary=VOCABULARY):
@@ -217,11 +317,34 @@ def mixed_prompts(count, shortest, longest, vocabulary=VOCABULARY):
     return [[rng.randrange(vocabulary - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
 
 
-# ---------------------------------------------------------------- the rows
+def write_checkpoint(path, size, kind=GPT):
+    if not path.exists():
+        common.files.save(path, dict(model=weights(size, kind), model_config=vars(shape(size)), tokenizer=tokenizer().fingerprint))
+    return path
 
-def sampling(model, prompts, new, folder):
+
+# ---------------------------------------------------------------- sampling and pretraining, in this process
+
+def measure_sampling(results, bandwidth, size="gpt2", rounds=5):
+    torch.manual_seed(0)
+    small, large = GPT(GPTConfig(vocab_size=1280, **PRESETS["laptop"])), model_of(size)
+    with tempfile.TemporaryDirectory() as folder:
+        for model, label, prompts, new, aim in ((small, LABELS["laptop"], mixed_prompts(64, 16, 96, 1280), 40, "3×"),
+                                                (large, LABELS[size], mixed_prompts(8, 16, 64), 64, "2×")):
+            tokens = len(prompts) * new
+            (ours, theirs), (ratio,) = race(sampling_sides(model, prompts, new, Path(folder)), rounds)
+            results.add(f"sampling, {label}, {len(prompts)} prompts, {new} tokens", "transformers", "tokens/s", tokens / ours,
+                        tokens / theirs, ratio, aim=aim)
+    ours, limit = bf16_sampling(large, mixed_prompts(8, 16, 64), 64, bandwidth, rounds)
+    results.add(f"sampling, {LABELS[size]}, 8 prompts, 64 tokens, bf16", "limit: reading the weights once per token", "tokens/s",
+                ours, limit, ours / limit, limit=True, aim="50%")
+    (ours, theirs), (ratio,) = race(sides_of_one_prompt(large), min(rounds, 3))
+    results.add(f"9 samples of one prompt of 256 tokens, {LABELS[size]}", "9 calls", "samples/s", 9 / ours, 9 / theirs, ratio)
+
+
+def sampling_sides(model, prompts, new, folder):
     model.eval()
-    peer = peer_of(model, GPT2LMHeadModel, folder).eval()
+    peer = peer_of(model, folder).eval()
     end, longest = model.config.end_of_text, max(map(len, prompts))
     ids = torch.tensor([[end] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -233,28 +356,23 @@ def sampling(model, prompts, new, folder):
 
     greedy = sample(model, prompts, new, uniforms, 0)
     assert all(row.tolist()[: len(said)] == said for row, said in zip(theirs(do_sample=False), greedy))
-    a, b, ratio = race(lambda: seconds(lambda: sample(model, prompts, new, uniforms)),
-                       lambda: seconds(lambda: theirs(do_sample=True, top_k=0)), 5)
-    tokens = len(prompts) * new
-    return f"{tokens / a:,.0f} tokens/s", f"{tokens / b:,.0f} tokens/s", f"{ratio:.1f}×"
+    return [lambda: seconds(lambda: sample(model, prompts, new, uniforms)),
+            lambda: seconds(lambda: theirs(do_sample=True, top_k=0))]
 
 
-def sampling_bf16(folder, bandwidth):
-    model = model_of("gpt2").eval()
-    prompts, new = mixed_prompts(8, 16, 64), 64
-    uniforms = torch.rand(8, new, generator=torch.Generator().manual_seed(0))
+def bf16_sampling(model, prompts, new, bandwidth, rounds):
+    """-> tokens/s, and those of a machine that only reads the weights, once per token"""
+    uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(0))
 
     def run():
         sample(model, prompts, new, uniforms, precision="bf16")
     run()
-    taken = statistics.median(seconds(run) for _ in range(5))
+    taken = statistics.median(seconds(run) for _ in range(rounds))
     read = 2 * (sum(p.numel() for p in model.parameters()) - model.positions.weight.numel())  # the unembedding is read
-    return f"{8 * new / taken:,.0f} tokens/s", f"{8 * new / (new * read / bandwidth):,.0f} tokens/s", \
-        f"{new * read / bandwidth / taken:.0%}"
+    return len(prompts) * new / taken, len(prompts) * bandwidth / read
 
 
-def samples_of_one_prompt(folder):
-    model = model_of("gpt2").eval()
+def sides_of_one_prompt(model):
     (prompt,) = mixed_prompts(1, 256, 256)
     uniforms, read = torch.rand(9, 16, generator=torch.Generator().manual_seed(0)), []
     hidden = model.hidden
@@ -262,19 +380,48 @@ def samples_of_one_prompt(folder):
         together = sample(model, [prompt] * 9, 16, uniforms)
     assert read[0] == (1, 256) and all(T == 1 for _, T in read[1:])
     assert together == [sample(model, [prompt], 16, uniforms[i : i + 1])[0] for i in range(9)]
-    a, b, ratio = race(lambda: seconds(lambda: sample(model, [prompt] * 9, 16, uniforms)),
-                       lambda: seconds(lambda: [sample(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)]), 3)
-    return f"{9 / a:.2f} samples/s", f"{9 / b:.2f} samples/s", f"{ratio:.1f}×"
+    return [lambda: seconds(lambda: sample(model, [prompt] * 9, 16, uniforms)),
+            lambda: seconds(lambda: [sample(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)])]
 
 
-def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
-    data = folder / "data"
-    if not (folder / "sft.pt").exists():
-        common.files.save(folder / "sft.pt", checkpoint(size))
+def measure_pretraining(results, rates, size="gpt2", batch=8, rounds=3):
+    """rates: {precision: FLOP/s of matrix products}, the limit"""
+    model = model_of(size)
+    tokens = torch.randint(VOCABULARY - 1, (batch, 512), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(tokens.shape[1] - 1).repeat(batch, 1)
+    c = model.config
+    # 6 FLOP per parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
+    flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
+                              6 * c.layers * c.width * tokens.shape[1])
+    for precision, rate in zip(("float32", "bf16"), rates.values()):
+        learner = Learner(model, 1e-5, Runtime(RuntimeConfig(device="cpu", precision=precision)))
+
+        def step():
+            learner.backward(-learner(tokens, positions).mean())
+            learner.step(1e-5)
+        step(), step()
+        taken = statistics.median(seconds(step) for _ in range(rounds))
+        results.add(f"pretraining step, {LABELS[size]}, {batch} × 512 tokens, {precision}", "limit: matrix products alone",
+                    "tokens/s", tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate, limit=True, aim="70%")
+
+
+# ---------------------------------------------------------------- stages: each function below makes the sides of a race
+# -> {name: function that returns seconds per step}, ours first; check(), which asserts that the sides compute the same; and how
+# many units of what a step handles
+
+# What both sides do without: gradients' checkpoints, bf16, dropout, logs and saves.
+PLAIN = dict(gradient_checkpointing=False, bf16=False, report_to="none", disable_tqdm=True, logging_strategy="no",
+             save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
+
+
+def sft_sides(folder, size, batch, steps=3, loss="chunked_nll"):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    data, policy = folder / "data", write_checkpoint(folder / "sft.pt", size)
     pairs = batches.load_demonstrations(data, "train", tokenizer(), shape(size).context)
 
     def ours():
-        config = sft.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", dropout=0.0, pretrain_mix=0.0,
+        config = sft.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=policy, dropout=0.0, pretrain_mix=0.0,
                             batch_size=batch, lr=1e-5)
         return steps_of(sft.main, config, steps)
 
@@ -282,11 +429,9 @@ def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
         dataset = Dataset.from_list([dict(input_ids=p + r, completion_mask=[0] * len(p) + [1] * len(r)) for p, r in pairs])
         config = SFTConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=batch, max_steps=steps + 1,
                            max_length=None, completion_only_loss=True, loss_type=loss, learning_rate=1e-5, **PLAIN)
-        clock = Clock()
-        with quiet():
-            SFTTrainer(peer_of(model_of(size), GPT2LMHeadModel, folder), config, train_dataset=dataset,
-                       processing_class=peer_tokenizer(folder, False), callbacks=[clock]).train()
-        return clock.mean
+        return peer_steps(lambda callbacks: SFTTrainer(
+            peer_of(model_of(size), folder), config, train_dataset=dataset, processing_class=peer_tokenizer(folder, False),
+            callbacks=callbacks))
 
     def check():
         batch = readers.make_batch(pairs[:4], shape(size).end_of_text)
@@ -294,25 +439,17 @@ def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
         labels = torch.full_like(batch.tokens, -100)
         for row, (context, target) in enumerate(pairs[:4]):
             labels[row, len(context) : len(context) + len(target)] = torch.tensor(target)
-        peer = peer_of(model_of(size), GPT2LMHeadModel, folder).eval()
+        peer = peer_of(model_of(size), folder).eval()
         torch.testing.assert_close(loss / batch.mask.sum(), peer(batch.tokens, labels=labels).loss, rtol=1e-4, atol=0)
 
-    return ours, theirs, check, sum(len(r) for _, r in pairs) / len(pairs) * batch, "tokens that count/s"
+    name = "TRL's SFTTrainer" + (" with transformers' own loss" if loss == "nll" else "")
+    return {"ours": ours, name: theirs}, check, sum(len(r) for _, r in pairs) / len(pairs) * batch, "tokens that count/s"
 
 
-# What both sides do without: gradients' checkpoints, bf16, dropout, logs and saves.
-PLAIN = dict(gradient_checkpointing=False, bf16=False, report_to="none", disable_tqdm=True, logging_strategy="no",
-             save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
-
-
-def checkpoint(size, kind=GPT):
-    return dict(model=weights(size, kind), model_config=vars(shape(size)), tokenizer=tokenizer().fingerprint)
-
-
-def reward_sides(folder, size, steps=2, batch=4):
-    data = folder / "data"
-    if not (folder / "sft.pt").exists():
-        common.files.save(folder / "sft.pt", checkpoint(size))
+def reward_sides(folder, size, batch, steps=2):
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+    data, policy = folder / "data", write_checkpoint(folder / "sft.pt", size)
     comparisons = batches.load_comparisons(data, "train", tokenizer(), shape(size).context)
 
     def pairs(episodes, order):
@@ -320,43 +457,39 @@ def reward_sides(folder, size, steps=2, batch=4):
         return [dict(chosen_ids=rows[i], rejected_ids=rows[j]) for i in range(9) for j in range(9) if order[i] < order[j]]
 
     def ours():
-        config = reward.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", batch_size=batch, lr=1e-5)
+        config = reward.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=policy, batch_size=batch, lr=1e-5)
         return steps_of(reward.main, config, steps)
 
     def theirs():
         rows = [pair for episodes, order, _ in comparisons[: batch * (steps + 1)] for pair in pairs(episodes, order)]
         config = RewardConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=36 * batch,
                               max_steps=steps + 1, max_length=None, learning_rate=1e-5, **PLAIN)
-        clock = Clock()
-        with quiet():
-            RewardTrainer(peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder), config,
-                          train_dataset=Dataset.from_list(rows), processing_class=peer_tokenizer(folder, True),
-                          callbacks=[clock]).train()
-        return clock.mean
+        return peer_steps(lambda callbacks: RewardTrainer(
+            peer_of(model_of(size, ScalarModel), folder), config, train_dataset=Dataset.from_list(rows),
+            processing_class=peer_tokenizer(folder, True), callbacks=callbacks))
 
     def check():
         model, (episodes, order, _) = model_of(size, ScalarModel).eval(), comparisons[0]
-        peer = peer_of(model, GPT2ForSequenceClassification, folder).eval()
+        peer = peer_of(model, folder).eval()
         scores = readers.last_scores(model, episodes, shape(size).end_of_text, "cpu")
         theirs = torch.cat([peer(torch.tensor([p + r])).logits[0] for p, r in episodes])
         torch.testing.assert_close(scores, theirs, rtol=1e-3, atol=1e-4)
         margins = torch.stack([theirs[i] - theirs[j] for i in range(9) for j in range(9) if order[i] < order[j]])
         torch.testing.assert_close(reward.ranking_loss(scores, order)[0], -F.logsigmoid(margins).mean(), rtol=1e-3, atol=1e-4)
 
-    return ours, theirs, check, batch, "rankings/s"
+    return {"ours": ours, "TRL's RewardTrainer, 36 pairs per ranking": theirs}, check, batch, "rankings/s"
 
 
-def ppo_sides(folder, size, steps=2, batch=32, new=48):
-    data = folder / "data"
-    for name, kind in (("sft", GPT), ("reward", ScalarModel)):
-        if not (folder / f"{name}.pt").exists():
-            common.files.save(folder / f"{name}.pt", checkpoint(size, kind))
+def ppo_sides(folder, size, batch, new=48, steps=2):
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    data, policy = folder / "data", write_checkpoint(folder / "sft.pt", size)
+    reward_model = write_checkpoint(folder / "reward.pt", size, ScalarModel)
     prompts = [tokenizer().encode(r["prompt"]) for r in readers.read_jsonl(data / "prompts.train.jsonl", "prompts")]
 
     def ours():
-        config = ppo.Config(data=data, out=tempfile.mkdtemp(dir=folder), policy=folder / "sft.pt", reward=folder / "reward.pt",
-                            iterations=steps + 1, batch_size=batch, minibatch_size=batch // 2, max_new_tokens=new, ptx_coef=0.0,
-                            lr=1e-6, value_lr=1e-6)
+        config = ppo.Config(data=data, out=tempfile.mkdtemp(dir=folder), policy=policy, reward=reward_model, iterations=steps + 1,
+                            batch_size=batch, minibatch_size=batch // 2, max_new_tokens=new, ptx_coef=0.0, lr=1e-6, value_lr=1e-6)
         return steps_of(ppo.main, config, steps)
 
     def theirs():
@@ -364,137 +497,113 @@ def ppo_sides(folder, size, steps=2, batch=32, new=48):
                            num_ppo_epochs=1, total_episodes=(steps + 1) * batch, response_length=new, temperature=1.0,
                            stop_token="eos", num_sample_generations=0, learning_rate=1e-6,
                            local_rollout_forward_batch_size=batch, **PLAIN)
-        policy, clock = peer_of(model_of(size), GPT2LMHeadModel, folder), Clock()
-        scalar = lambda: peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder)
+        policy = peer_of(model_of(size), folder)
+        reward_model, value_model = (peer_of(model_of(size, ScalarModel), folder) for _ in range(2))
         pad = peer_tokenizer(folder, True)
         pad.padding_side = "left"
         policy.resize_token_embeddings(VOCABULARY + 1)  # for the padding
-        trainer = PPOTrainer(config, pad, policy, None, scalar(), Dataset.from_dict({"input_ids": prompts}), scalar(),
-                             eval_dataset=Dataset.from_dict({"input_ids": prompts[:1]}), callbacks=[clock])
-        with quiet():
-            trainer.train()
-        return clock.mean
+        return peer_steps(lambda callbacks: PPOTrainer(
+            config, pad, policy, None, reward_model, Dataset.from_dict({"input_ids": prompts}), value_model,
+            eval_dataset=Dataset.from_dict({"input_ids": prompts[:1]}), callbacks=callbacks))
 
     def check():
         model = model_of(size).eval()
-        peer = peer_of(model, GPT2LMHeadModel, folder).eval()
+        peer = peer_of(model, folder).eval()
         tokens = torch.tensor([prompts[0]])
         theirs = peer(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)  # (1, T - 1)
         positions = torch.arange(tokens.shape[1] - 1)[None]
         torch.testing.assert_close(model(tokens, positions), theirs, rtol=1e-4, atol=1e-4)
 
-    return ours, theirs, check, batch, "episodes/s"
-
-
-def pretraining(rates, folder):
-    model = model_of("gpt2")
-    tokens = torch.randint(VOCABULARY - 1, (8, 512), generator=torch.Generator().manual_seed(0))
-    learners = {dtype: Learner(model, 1e-5, Runtime(RuntimeConfig(device="cpu", precision=name)))
-                for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16"))}
-    positions = torch.arange(tokens.shape[1] - 1).repeat(len(tokens), 1)
-    c = model.config
-    # 6 FLOP a parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
-    flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
-                              6 * c.layers * c.width * tokens.shape[1])
-    result = {}
-    for dtype, rate in rates.items():
-        def step():
-            learner = learners[dtype]
-            learner.backward(-learner(tokens, positions).mean())
-            learner.step(1e-5)
-        step(), step()
-        taken = statistics.median(seconds(step) for _ in range(3))
-        result[dtype] = tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate
-    return result
+    return {"ours": ours, "TRL's PPOTrainer": theirs}, check, batch, "episodes/s"
 
 
 SIDES = {"sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
-ROWS = [  # kind of row, its shape, what it is, against what, at least
-    ("sft", dict(size="laptop"), "SFT step, 16 padded demonstrations", "TRL's SFTTrainer", "1.5×, half the memory"),
-    ("sft", dict(size="laptop", loss="nll"), "the same", "with transformers' own loss", "1.5×, half the memory"),
-    ("sft", dict(size="gpt2", steps=1), "the same, 124M", "TRL's SFTTrainer", "1.5×, half the memory"),
-    ("sft", dict(size="gpt2", steps=1, loss="nll"), "the same, 124M", "with transformers' own loss", "1.5×, half the memory"),
-    ("reward", dict(size="laptop"), "reward step, 4 rankings of K = 9", "TRL's RewardTrainer, 36 pairs a ranking", "4×"),
-    ("reward", dict(size="gpt2", steps=1, batch=1), "the same, 124M, 1 ranking", "TRL's RewardTrainer", "4×"),
-    ("ppo", dict(size="laptop"), "PPO iteration, 32 episodes of 48 tokens", "TRL's PPOTrainer", "3×, half the memory"),
-    ("ppo", dict(size="gpt2", steps=1, batch=16), "the same, 124M, 16 episodes", "TRL's PPOTrainer", "3×, half the memory"),
+RACES = [  # part, arguments of its sides, what it is, aim
+    ("sft", dict(size="laptop", batch=16), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="laptop", batch=16, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", batch=16, steps=1), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", batch=16, steps=1, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("reward", dict(size="laptop", batch=4), "reward step, {batch} rankings of K = 9", "4×"),
+    ("reward", dict(size="gpt2", batch=1, steps=1), "reward step, {batch} ranking of K = 9", "4×"),
+    ("ppo", dict(size="laptop", batch=32, new=48), "PPO iteration, {batch} episodes of {new} tokens", "3×, half the memory"),
+    ("ppo", dict(size="gpt2", batch=16, new=48, steps=1), "PPO iteration, {batch} episodes of {new} tokens",
+     "3×, half the memory"),
 ]
 GROWTH = [("ppo", dict(size="laptop", batch=32, new=48) | change) for change in (
     {}, dict(batch=64), dict(batch=128), dict(batch=256), dict(new=96), dict(new=160), dict(size="nano"),
-    dict(size="gpt2", steps=1, batch=16))] + [("reward", dict(size="laptop", K=K)) for K in (2, 4, 9, 18)]
+    dict(size="gpt2", steps=1, batch=16))] + [("reward", dict(size="laptop", batch=4, K=K)) for K in (2, 4, 9, 18)]
 
 
-def gib(size):
-    return f"{size / 2**30:.2f} GiB"
-
-
-def row(*cells):
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def main(wanted):
-    plain, rates, bandwidth = limits()
-    show = lambda rates: f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and {rates[torch.bfloat16] / 1e9:.0f} in bf16"
-    print(f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, trl {trl.__version__}\nmatrix products: {show(plain)} as PyTorch has them, {show(rates)} "
-          f"at best; copying {bandwidth / 1e9:.0f} GB/s, read and written\n")
+def measure_race(results, part, how, what, aim):
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if set(wanted) - {"growth"}:
-            row("what", "against", "ours", "theirs", "ratio", "at least", "our memory", "theirs")
-            row(*["---"] * 8)
-        if "sampling" in wanted:
-            torch.manual_seed(0)
-            small, large = GPT(GPTConfig(vocab_size=1280, **PRESETS["laptop"])), model_of("gpt2")
-            row("sampling, laptop, 64 prompts, 40 tokens", "transformers", *sampling(small, mixed_prompts(64, 16, 96, 1280), 40,
-                folder), "3×", "", "")
-            row("sampling, 124M, 8 prompts, 64 tokens", "transformers", *sampling(large, mixed_prompts(8, 16, 64), 64, folder),
-                "2×", "", "")
-            row("the same, weights in bf16", "reading the weights once a token", *sampling_bf16(folder, bandwidth), "50%", "", "")
-            row("9 samples of a prompt of 256 tokens, 124M", "9 times one", *samples_of_one_prompt(folder), "prompt once", "", "")
-        for i, (name, how, what, against, least) in enumerate(ROWS):
-            if name in wanted:
-                place = folder / f"{i}"
-                place.mkdir()
-                write_dataset(place / "data")
-                a, b, ratio, count, unit = apart("race", name, place, **how)
-                peaks = [gib(peak_memory(name, side, place, **how)) for side in ("ours", "theirs")]
-                row(what, against, f"{count / a:,.2f} {unit}", f"{count / b:,.2f}", f"{ratio:.1f}×", least, *peaks)
-        if "pretraining" in wanted:
-            for dtype, (ours, limit, share) in pretraining(rates, folder).items():
-                row(f"pretraining step, 124M, 8 rows of 512, {str(dtype)[6:]}", "matrix products alone",
-                    f"{ours:,.0f} tokens/s", f"{limit:,.0f} tokens/s", f"{share:.0%}", "70%", "", "")
-        if "growth" in wanted:
-            print("\nHow cost grows:\n")
-            row("what", "model", "batch", "length or K", "seconds", "memory")
-            row(*["---"] * 6)
-            for i, (name, how) in enumerate(GROWTH):
-                place = folder / f"growth{i}"
-                place.mkdir()
-                K = how.pop("K", 9)
-                write_dataset(place / "data", K=K)
-                ours, _, _, count, _ = SIDES[name](place, **how)
-                ours()
-                row({"ppo": "PPO iteration", "reward": "reward step"}[name], how["size"], str(count),
-                    str(how.get("new", f"K = {K}")), f"{ours():.2f}", gib(peak_memory(name, "ours", place, **how)))
+        write_dataset(Path(folder) / "data")
+        done = apart(part=part, folder=folder, how=how, rounds=2 if how["size"] == "gpt2" else 3)
+        memory = [apart(part=part, folder=folder, how=how, side=i) for i in range(len(done["names"]))]
+    times, ratios = done["race"]
+    for i in range(1, len(times)):
+        results.add(f"{what.format(**how)}, {LABELS[how['size']]}", done["names"][i], done["unit"], done["count"] / times[0],
+                    done["count"] / times[i], ratios[i - 1], aim=aim, memory=[memory[0], memory[i]])
 
 
-def cpu():
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    return platform.processor()
+def measure_growth(results, part, how):
+    """How cost grows with the batch, the length of the responses, K, and the size of the model."""
+    how, K = {key: value for key, value in how.items() if key != "K"}, how.get("K", 9)
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder) / "data", K=K)
+        sides, _, count, _ = SIDES[part](Path(folder), **how)
+        sides["ours"]()
+        what = f"PPO iteration, {count} episodes of {how['new']} tokens" if part == "ppo" else f"reward step, {count} rankings of K = {K}"
+        results.add(f"growth: {what}, {LABELS[how['size']]}", "", "s", sides["ours"](),
+                    memory=[apart(part=part, folder=folder, how=how, side=0)])
+
+
+PARTS = ("sampling", "sft", "reward", "ppo", "pretraining", "growth")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Speed and memory next to other projects and the machine's limits.")
+    parser.add_argument("parts", nargs="*", help=f"what to measure: {' '.join(PARTS)}; default: everything")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as a Markdown table, and stop")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        print(f"bench.py has no part {' '.join(unknown)}: its parts are {' '.join(PARTS)}", file=sys.stderr)
+        sys.exit(2)
+    return args
+
+
+def main(args):
+    parts, here = args.parts or PARTS, machine()
+    print(f"{here['cpu']} ({' '.join(here['flags'])}), {here['cores']} cores, {here['threads']} threads, load {here['load']}; " +
+          ", ".join(f"{package} {here[package]}" for package in ("torch", "transformers", "trl")))
+    if here["load"] > 0.5 * here["cores"]:
+        print(f"warning: the load at the start is {here['load']} on {here['cores']} cores: other work will distort the numbers")
+    print()
+    results = Results(here, ROOT / "out/bench")
+    plain, onednn, bandwidth = limits()
+    for name, rates in (("PyTorch", plain), ("oneDNN", onednn)):
+        for dtype, rate in rates.items():
+            results.add(f"machine: matrix products, {str(dtype)[6:]}", name, "GFLOP/s", rate / 1e9)
+    results.add("machine: copying, read and written", "PyTorch", "GB/s", bandwidth / 1e9)
+    if "sampling" in parts:
+        measure_sampling(results, bandwidth)
+    for part, how, what, aim in RACES:
+        if part in parts:
+            measure_race(results, part, how, what, aim)
+    if "pretraining" in parts:
+        measure_pretraining(results, {dtype: max(rate, onednn.get(dtype, 0)) for dtype, rate in plain.items()})
+    if "growth" in parts:
+        for part, how in GROWTH:
+            measure_growth(results, part, how)
+    print(f"\nwritten to {results.path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        name, side, folder, how = sys.argv[2:]
-        before = status("VmRSS")
-        SIDES[name](Path(folder), **json.loads(how))[side == "theirs"]()
-        print(status("VmHWM") - before)
-    elif sys.argv[1:2] == ["--race"]:
-        name, folder, how = sys.argv[2:]
-        ours, theirs, check, count, unit = SIDES[name](Path(folder), **json.loads(how))
-        check()
-        print(json.dumps([*race(ours, theirs, 3 if '"laptop"' in how else 2), count, unit]))
+    args = arguments()
+    if args.table:
+        print_table(args.table)
+    elif args.child:
+        print(json.dumps(child(**json.loads(args.child))))
     else:
-        main(sys.argv[1:] or ["sampling", "sft", "reward", "ppo", "pretraining", "growth"])
+        main(args)
