@@ -1,4 +1,4 @@
-"""Speed and memory next to other projects (transformers, TRL), and next to the limits of the machine.
+"""Speed and memory next to other projects (transformers, TRL, nanoGPT), and next to the limits of the machine.
 
     make bench                                        # everything, half an hour on two cores
     .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
@@ -14,6 +14,7 @@ were measured earlier on the same machine stay.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ if __name__ == "__main__":  # before the imports that read them
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import common.config
 import common.files
@@ -47,7 +49,8 @@ import common.run
 import ppo
 import reward
 import sft
-from common.gpt2 import write_policy, write_scalar_model
+from common import download
+from common.gpt2 import parameter_names, write_policy, write_scalar_model
 from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
 from data import batches, readers
@@ -55,7 +58,11 @@ from data.tokenizer import END, Tokenizer
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
 
 VOCABULARY = 50257
-LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "gpt2": "124M"}
+SIZES = PRESETS | {"4x128": PRESETS["laptop"] | dict(layers=4)}
+LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "4x128": "4 layers of width 128", "desktop": "4 layers of width 256",
+          "gpt2": "124M"}
+NANOGPT = "https://raw.githubusercontent.com/karpathy/nanoGPT/3adf61e154c3fe3fca428ad6bc3818b27a3b8291/model.py"
+NANOGPT_SHA256 = "7c01703240dbec5d554527dc666e35b3df8391d0b117fddc07afcf325a21d11c"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast matrix products are
 
 
@@ -248,8 +255,8 @@ def process_memory(field):
 
 # ---------------------------------------------------------------- models and data
 
-def shape(size):
-    return GPTConfig(vocab_size=VOCABULARY, **PRESETS[size])
+def shape(size, vocabulary=VOCABULARY):
+    return GPTConfig(vocab_size=vocabulary, **SIZES[size])
 
 
 @functools.cache
@@ -517,16 +524,108 @@ def ppo_sides(folder, size, batch, new=48, steps=2):
     return {"ours": ours, "TRL's PPOTrainer": theirs}, check, batch, "episodes/s"
 
 
-SIDES = {"sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
+# ---------------------------------------------------------------- nanoGPT
+
+def find_nanogpt(given):
+    """-> the path of nanoGPT's model.py: the one given, or one that is downloaded once"""
+    if given is None:
+        return download.fetch(NANOGPT, download.cache() / "nanogpt" / "model.py", NANOGPT_SHA256, patience=2)
+    if common.files.digest(given) != NANOGPT_SHA256:
+        print(f"note: {given} is not the model.py of {NANOGPT}")
+    return given
+
+
+def nanogpt_model(file, model):
+    """nanoGPT's GPT with the weights of ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = model.config
+    with quiet():
+        theirs = module.GPT(module.GPTConfig(block_size=c.context, vocab_size=c.vocab_size, n_layer=c.layers, n_head=c.heads,
+                                             n_embd=c.width, dropout=0.0, bias=True))
+    ours, names = model.state_dict(), parameter_names(c.layers)
+    theirs.load_state_dict({f"transformer.{names[name]}": w for name, w in ours.items()} | {"lm_head.weight": ours["tokens.weight"]})
+    return theirs
+
+
+def nanogpt_sides(folder, file, size, vocabulary, batch, length, steps=1, lr=1e-4):
+    """A pretraining step: forward, backward, clipping, Adam. The sides are this project, nanoGPT's model, and plain PyTorch, which
+    is model.GPT as it is: F.linear, and the logits in one piece. All three use the Adam of this project (fused, no weight decay):
+    the one of nanoGPT's configure_optimizers is not fused on a CPU. All three keep freed memory (Runtime), which nanoGPT does
+    not do by itself. nanoGPT's exact GELU is replaced by the tanh of GPT-2 only while the losses are compared."""
+    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-1).flatten()  # the last token of a row has no target
+    runtime = Runtime(RuntimeConfig(device="cpu", precision="float32"))
+
+    def new_model():
+        torch.manual_seed(0)
+        return GPT(shape(size, vocabulary))
+
+    @functools.cache
+    def ours():
+        learner, positions = Learner(runtime.place(new_model()), lr, runtime), torch.arange(length - 1).repeat(batch, 1)
+
+        def step():
+            loss = -learner(tokens, positions).mean()
+            learner.backward(loss)
+            learner.step(lr)
+            return loss
+        return step
+
+    @functools.cache
+    def nanogpt():
+        model = nanogpt_model(file, new_model())
+        return plain_step(model, lambda: model(tokens, targets)[1], lr)
+
+    @functools.cache
+    def plain():
+        model = new_model()
+        return plain_step(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), targets, ignore_index=-1), lr)
+
+    def check():
+        with mock.patch.object(nn.GELU, "forward", lambda self, x: F.gelu(x, approximate="tanh")):
+            for _ in range(2):  # the second loss also depends on the gradients and on Adam
+                loss, *others = [make()() for make in (ours, nanogpt, plain)]
+                for other in others:
+                    torch.testing.assert_close(other, loss, rtol=1e-5, atol=0)
+
+    def side(make):
+        return lambda: seconds(lambda: [make()() for _ in range(steps)]) / steps
+    sides = {"ours": side(ours), "nanoGPT's model": side(nanogpt), "plain PyTorch, logits in one piece": side(plain)}
+    return sides, check, batch * length, "tokens/s"
+
+
+def plain_step(model, compute_loss, lr):
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
+
+    def step():
+        loss = compute_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+    return step
+
+
+# ---------------------------------------------------------------- all parts
+
+SIDES = {"nanogpt": nanogpt_sides, "sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
+NANOGPT_STEP = "pretraining step, {batch} × {length} tokens, vocabulary {vocabulary:,}"
 RACES = [  # part, arguments of its sides, what it is, aim
-    ("sft", dict(size="laptop", batch=16), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
-    ("sft", dict(size="laptop", batch=16, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
-    ("sft", dict(size="gpt2", batch=16, steps=1), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
-    ("sft", dict(size="gpt2", batch=16, steps=1, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
-    ("reward", dict(size="laptop", batch=4), "reward step, {batch} rankings of K = 9", "4×"),
-    ("reward", dict(size="gpt2", batch=1, steps=1), "reward step, {batch} ranking of K = 9", "4×"),
-    ("ppo", dict(size="laptop", batch=32, new=48), "PPO iteration, {batch} episodes of {new} tokens", "3×, half the memory"),
-    ("ppo", dict(size="gpt2", batch=16, new=48, steps=1), "PPO iteration, {batch} episodes of {new} tokens",
+    ("nanogpt", dict(size="laptop", vocabulary=1280, batch=16, length=128, rounds=15, steps=5), NANOGPT_STEP, "1×"),
+    ("nanogpt", dict(size="4x128", vocabulary=1280, batch=16, length=256, rounds=15, steps=3), NANOGPT_STEP, "1×"),
+    ("nanogpt", dict(size="desktop", vocabulary=1280, batch=16, length=256, rounds=9, steps=2), NANOGPT_STEP, "1×"),
+    ("nanogpt", dict(size="gpt2", vocabulary=VOCABULARY, batch=4, length=512, rounds=5, steps=1), NANOGPT_STEP, "1×"),
+    ("sft", dict(size="laptop", rounds=3, batch=16), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="laptop", rounds=3, batch=16, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", rounds=2, batch=16, steps=1), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", rounds=2, batch=16, steps=1, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("reward", dict(size="laptop", rounds=3, batch=4), "reward step, {batch} rankings of K = 9", "4×"),
+    ("reward", dict(size="gpt2", rounds=2, batch=1, steps=1), "reward step, {batch} ranking of K = 9", "4×"),
+    ("ppo", dict(size="laptop", rounds=3, batch=32, new=48), "PPO iteration, {batch} episodes of {new} tokens", "3×, half the memory"),
+    ("ppo", dict(size="gpt2", rounds=2, batch=16, new=48, steps=1), "PPO iteration, {batch} episodes of {new} tokens",
      "3×, half the memory"),
 ]
 GROWTH = [("ppo", dict(size="laptop", batch=32, new=48) | change) for change in (
@@ -535,9 +634,13 @@ GROWTH = [("ppo", dict(size="laptop", batch=32, new=48) | change) for change in 
 
 
 def measure_race(results, part, how, what, aim):
+    how, rounds = {key: value for key, value in how.items() if key != "rounds"}, how["rounds"]
     with tempfile.TemporaryDirectory() as folder:
-        write_dataset(Path(folder) / "data")
-        done = apart(part=part, folder=folder, how=how, rounds=2 if how["size"] == "gpt2" else 3)
+        if part != "nanogpt":
+            write_dataset(Path(folder) / "data")
+        done = apart(part=part, folder=folder, how=how, rounds=rounds)
+        if part == "nanogpt":
+            how["steps"] = 2  # in the second, Adam has its averages
         memory = [apart(part=part, folder=folder, how=how, side=i) for i in range(len(done["names"]))]
     times, ratios = done["race"]
     for i in range(1, len(times)):
@@ -557,12 +660,13 @@ def measure_growth(results, part, how):
                     memory=[apart(part=part, folder=folder, how=how, side=0)])
 
 
-PARTS = ("sampling", "sft", "reward", "ppo", "pretraining", "growth")
+PARTS = ("nanogpt", "sampling", "sft", "reward", "ppo", "pretraining", "growth")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description="Speed and memory next to other projects and the machine's limits.")
     parser.add_argument("parts", nargs="*", help=f"what to measure: {' '.join(PARTS)}; default: everything")
+    parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="nanoGPT's model.py; default: download it")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as a Markdown table, and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -586,11 +690,18 @@ def main(args):
         for dtype, rate in rates.items():
             results.add(f"machine: matrix products, {str(dtype)[6:]}", name, "GFLOP/s", rate / 1e9)
     results.add("machine: copying, read and written", "PyTorch", "GB/s", bandwidth / 1e9)
+    nanogpt = {}
+    if "nanogpt" in parts:
+        try:
+            nanogpt = dict(file=os.fspath(find_nanogpt(args.nanogpt)))
+        except common.config.UserError as error:
+            print(f"nanogpt is left out: give its model.py by --nanogpt FILE ({error})")
+            parts = [part for part in parts if part != "nanogpt"]
     if "sampling" in parts:
         measure_sampling(results, bandwidth)
     for part, how, what, aim in RACES:
         if part in parts:
-            measure_race(results, part, how, what, aim)
+            measure_race(results, part, how | (nanogpt if part == "nanogpt" else {}), what, aim)
     if "pretraining" in parts:
         measure_pretraining(results, {dtype: max(rate, onednn.get(dtype, 0)) for dtype, rate in plain.items()})
     if "growth" in parts:
