@@ -18,16 +18,13 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
@@ -49,6 +46,7 @@ import common.run
 import ppo
 import reward
 import sft
+from bench_results import Results, machine, print_table
 from common import download
 from common.gpt2 import parameter_names, write_policy, write_scalar_model
 from common.learner import Learner
@@ -63,94 +61,6 @@ LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "4x128": "4 layer
           "gpt2": "124M"}
 NANOGPT = "https://raw.githubusercontent.com/karpathy/nanoGPT/3adf61e154c3fe3fca428ad6bc3818b27a3b8291/model.py"
 NANOGPT_SHA256 = "7c01703240dbec5d554527dc666e35b3df8391d0b117fddc07afcf325a21d11c"
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast matrix products are
-
-
-# ---------------------------------------------------------------- results
-
-def machine():
-    """What a result depends on besides the code."""
-    name, flags = platform.processor(), ""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines())
-        fields = {field.strip(): value.strip() for field, value in fields.items()}
-        name = f"{fields.get('model name', name)}, model {fields.get('model', '?')}"  # virtual machines shorten the name
-        flags = fields.get("flags", "")
-    return dict(cpu=name, flags=[flag for flag in CPU_FLAGS if flag in flags.split()], cores=os.cpu_count(),
-                threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 2),
-                **{package: version(package) for package in ("torch", "transformers", "trl")})
-
-
-def version(package):
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-
-
-def file_name(machine):
-    parts = [re.sub(r"\((r|tm)\)", "", machine["cpu"].lower())]
-    if machine["threads"] != machine["cores"]:
-        parts.append(f"{machine['threads']} threads")
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts)).strip("-") + ".json"
-
-
-class Results:
-    """The rows of one machine. Each is printed and written as soon as it is measured, so a stopped run keeps its rows."""
-
-    def __init__(self, machine, folder):
-        self.path, self.machine, self.rows = folder / file_name(machine), machine, {}
-        if self.path.exists():
-            earlier = json.loads(self.path.read_text())
-            if earlier["machine"] | {"load": None} == machine | {"load": None}:
-                self.rows = {(row["what"], row["against"]): row for row in earlier["rows"]}
-        show("what", "against", "ours", "theirs", "ratio", "aim", "our memory", "theirs")
-        show(*["---"] * 8)
-
-    def add(self, what, against, unit, ours, theirs=None, ratio=None, limit=False, aim="", memory=()):
-        """ours, theirs: numbers of `unit`; ratio: a fraction of a limit, if `limit`; memory: bytes, ours first."""
-        row = dict(what=what, against=against, unit=unit, ours=ours, theirs=theirs, ratio=ratio, limit=limit, aim=aim,
-                   memory=memory, load=self.machine["load"])
-        self.rows[what, against] = row
-        common.files.write_atomically(self.path, lambda path: path.write_text(
-            json.dumps(dict(machine=self.machine, rows=list(self.rows.values())), indent=1)))
-        show(what, against, f"{number(ours)} {unit}", "" if theirs is None else number(theirs), quotient(row), aim,
-             *(f"{size / 2**30:.2f} GiB" for size in memory), *[""] * (2 - len(memory)))
-
-
-def number(x):
-    return f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
-
-
-def quotient(row):
-    if row["ratio"] is None:
-        return ""
-    return f"{row['ratio']:.0%}" if row["limit"] else f"{row['ratio']:.2f}×"
-
-
-def show(*cells):
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def cell(row):
-    """A row of results in one cell of --table: 2.10× (10,403 : 4,950 tokens/s; 0.72 : 0.68 GiB)"""
-    sides = [number(row[side]) for side in ("ours", "theirs") if row[side] is not None]
-    text = f"{' : '.join(sides)} {row['unit']}"
-    if row["memory"]:
-        text += f"; {' : '.join(f'{size / 2**30:.2f}' for size in row['memory'])} GiB"
-    return f"{quotient(row)} ({text})" if row["ratio"] is not None else text
-
-
-def print_table(paths):
-    """Print the results of several files as a Markdown table: a row per measurement, a column per machine."""
-    results = [json.loads(path.read_text()) for path in paths]
-    machines = [result["machine"] for result in results]
-    show("measurement", "against", *(m["cpu"] for m in machines))
-    show(*["---"] * (2 + len(results)))
-    for what, text in (("PyTorch", lambda m: m["torch"]), ("instructions", lambda m: " ".join(m["flags"])),
-                       ("threads, cores", lambda m: f"{m['threads']}, {m['cores']}"), ("load at the start", lambda m: str(m["load"]))):
-        show(what, "", *map(text, machines))
-    columns = [{(row["what"], row["against"]): row for row in result["rows"]} for result in results]
-    for what, against in dict.fromkeys(key for column in columns for key in column):
-        show(what, against, *(cell(column[what, against]) if (what, against) in column else "" for column in columns))
 
 
 # ---------------------------------------------------------------- measuring
