@@ -2,6 +2,7 @@
 
     make bench                                        # everything, half an hour on two cores
     .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
+    .venv/bin/python tests/bench.py --path plain nanogpt   # with F.linear instead of the project's matrix products; or onednn
     .venv/bin/python tests/bench.py --table FILE ...  # results of several machines as a Markdown table, one column each
 
 All sides run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be equal is
@@ -42,6 +43,7 @@ from torch import nn
 
 import common.config
 import common.files
+import common.onednn
 import common.run
 import ppo
 import reward
@@ -138,6 +140,17 @@ def peer_steps(make_trainer):
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
+@contextlib.contextmanager
+def product_path(name):
+    """Inside, Runtime.place gives models the matrix products called `name`: plain (F.linear) or onednn (common/onednn.py); None:
+    those that the project chooses. This is the only place that knows how the choice is made."""
+    if name == "plain":
+        with mock.patch.object(common.onednn, "accelerate", lambda model: None):
+            yield
+    else:
+        yield
+
+
 def apart(**task):
     """The result of child(**task) in a fresh process: memory that one row has freed would stay with this one."""
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps(task)], stdout=subprocess.PIPE, text=True)
@@ -146,16 +159,17 @@ def apart(**task):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(part, folder, how, rounds=None, side=None):
+def child(part, folder, how, path, rounds=None, side=None):
     """With `rounds`: check that the sides agree, then race them. With `side`: the bytes that its steps take at most, minus those
     held after the imports."""
-    sides, check, count, unit = SIDES[part](Path(folder), **how)
-    if side is None:
-        check()
-        return dict(names=list(sides), count=count, unit=unit, race=race(list(sides.values()), rounds))
-    before = process_memory("VmRSS")
-    list(sides.values())[side]()
-    return process_memory("VmHWM") - before
+    with product_path(path):
+        sides, check, count, unit = SIDES[part](Path(folder), **how)
+        if side is None:
+            check()
+            return dict(names=list(sides), count=count, unit=unit, race=race(list(sides.values()), rounds))
+        before = process_memory("VmRSS")
+        list(sides.values())[side]()
+        return process_memory("VmHWM") - before
 
 
 def process_memory(field):
@@ -551,10 +565,11 @@ def measure_race(results, part, how, what, aim):
     with tempfile.TemporaryDirectory() as folder:
         if part != "nanogpt":
             write_dataset(Path(folder) / "data")
-        done = apart(part=part, folder=folder, how=how, rounds=rounds)
+        path = results.machine["path"]
+        done = apart(part=part, folder=folder, how=how, path=path, rounds=rounds)
         if part == "nanogpt":
             how["steps"] = 2  # in the second, Adam has its averages
-        memory = [apart(part=part, folder=folder, how=how, side=i) for i in range(len(done["names"]))]
+        memory = [apart(part=part, folder=folder, how=how, path=path, side=i) for i in range(len(done["names"]))]
     times, ratios = done["race"]
     for i in range(1, len(times)):
         results.add(f"{what.format(**how)}, {LABELS[how['size']]}", done["names"][i], done["unit"], done["count"] / times[0],
@@ -570,7 +585,7 @@ def measure_growth(results, part, how):
         sides["ours"]()
         what = f"PPO iteration, {count} episodes of {how['new']} tokens" if part == "ppo" else f"reward step, {count} rankings of K = {K}"
         results.add(f"growth: {what}, {LABELS[how['size']]}", "", "s", sides["ours"](),
-                    memory=[apart(part=part, folder=folder, how=how, side=0)])
+                    memory=[apart(part=part, folder=folder, how=how, path=results.machine["path"], side=0)])
 
 
 PARTS = ("nanogpt", "sampling", "sft", "reward", "ppo", "pretraining", "growth")
@@ -579,6 +594,7 @@ PARTS = ("nanogpt", "sampling", "sft", "reward", "ppo", "pretraining", "growth")
 def arguments():
     parser = argparse.ArgumentParser(description="Speed and memory next to other projects and the machine's limits.")
     parser.add_argument("parts", nargs="*", help=f"what to measure: {' '.join(PARTS)}; default: everything")
+    parser.add_argument("--path", choices=("plain", "onednn"), help="force these matrix products; default: the project's choice")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="nanoGPT's model.py; default: download it")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as a Markdown table, and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -591,7 +607,7 @@ def arguments():
 
 
 def main(args):
-    parts, here = args.parts or PARTS, machine()
+    parts, here = args.parts or PARTS, machine() | dict(path=args.path)
     print(f"{here['cpu']} ({' '.join(here['flags'])}), {here['cores']} cores, {here['threads']} threads, load {here['load']}; " +
           ", ".join(f"{package} {here[package]}" for package in ("torch", "transformers", "trl")))
     if here["load"] > 0.5 * here["cores"]:
@@ -630,4 +646,5 @@ if __name__ == "__main__":
     elif args.child:
         print(json.dumps(child(**json.loads(args.child))))
     else:
-        main(args)
+        with product_path(args.path):
+            main(args)

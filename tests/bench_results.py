@@ -32,11 +32,19 @@ def version(package):
         return metadata.version(package)
 
 
-def file_name(machine):
-    parts = [re.sub(r"\((r|tm)\)", "", machine["cpu"].lower())]
+def title(machine):
+    """Heads its column, and names its file."""
+    parts = [machine["cpu"]]
     if machine["threads"] != machine["cores"]:
         parts.append(f"{machine['threads']} threads")
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts)).strip("-") + ".json"
+    if machine["path"]:
+        parts.append(f"path {machine['path']}")
+    return ", ".join(parts)
+
+
+def file_name(machine):
+    name = re.sub(r"\((r|tm)\)", "", title(machine).lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json"
 
 
 class Results:
@@ -89,7 +97,7 @@ def print_table(paths):
     """Print the results of several files as a Markdown table: a row per measurement, a column per machine."""
     results = [json.loads(path.read_text()) for path in paths]
     machines = [result["machine"] for result in results]
-    show("measurement", "against", *(m["cpu"] for m in machines))
+    show("measurement", "against", *map(title, machines))
     show(*["---"] * (2 + len(results)))
     for what, text in (("PyTorch", lambda m: m["torch"]), ("instructions", lambda m: " ".join(m["flags"])),
                        ("threads, cores", lambda m: f"{m['threads']}, {m['cores']}"), ("load at the start", lambda m: str(m["load"]))):
