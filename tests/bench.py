@@ -1,6 +1,7 @@
 """Speed and memory next to other projects (transformers, TRL, nanoGPT), and next to the limits of the machine.
 
-    make bench                                        # everything, half an hour on two cores
+    make bench                                        # everything, an hour on two cores
+    make bench QUICK=1                                # every row once, smaller and without memory: at most five minutes
     .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
     .venv/bin/python tests/bench.py --path plain nanogpt   # with F.linear instead of the project's matrix products; or onednn
     .venv/bin/python tests/bench.py --table FILE ...  # results of several machines as a Markdown table, one column each
@@ -58,9 +59,9 @@ from data.tokenizer import END, Tokenizer
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
 
 VOCABULARY = 50257
-SIZES = PRESETS | {"4x128": PRESETS["laptop"] | dict(layers=4)}
+SIZES = PRESETS | {"4x128": PRESETS["laptop"] | dict(layers=4), "gpt2-cut": PRESETS["gpt2"] | dict(layers=2)}
 LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "4x128": "4 layers of width 128", "desktop": "4 layers of width 256",
-          "gpt2": "124M"}
+          "gpt2": "124M", "gpt2-cut": "124M cut to 2 layers"}
 NANOGPT = "https://raw.githubusercontent.com/karpathy/nanoGPT/3adf61e154c3fe3fca428ad6bc3818b27a3b8291/model.py"
 NANOGPT_SHA256 = "7c01703240dbec5d554527dc666e35b3df8391d0b117fddc07afcf325a21d11c"
 
@@ -560,32 +561,48 @@ GROWTH = [("ppo", dict(size="laptop", batch=32, new=48) | change) for change in 
     dict(size="gpt2", steps=1, batch=16))] + [("reward", dict(size="laptop", batch=4, K=K)) for K in (2, 4, 9, 18)]
 
 
+def smaller(how):
+    """Arguments of a race, for --quick."""
+    how = how | dict(rounds=1, steps=1)
+    if how["size"] == "gpt2":
+        limits = dict(batch=2, length=256, new=16)
+        how |= {key: min(how[key], limit) for key, limit in limits.items() if key in how} | dict(size="gpt2-cut")
+    return how
+
+
 def measure_race(results, part, how, what, aim):
-    how, rounds = {key: value for key, value in how.items() if key != "rounds"}, how["rounds"]
+    quick, path = results.machine["quick"], results.machine["path"]
+    how = smaller(how) if quick else dict(how)
+    rounds = how.pop("rounds")
     with tempfile.TemporaryDirectory() as folder:
         if part != "nanogpt":
             write_dataset(Path(folder) / "data")
-        path = results.machine["path"]
         done = apart(part=part, folder=folder, how=how, path=path, rounds=rounds)
         if part == "nanogpt":
             how["steps"] = 2  # in the second, Adam has its averages
-        memory = [apart(part=part, folder=folder, how=how, path=path, side=i) for i in range(len(done["names"]))]
+        sides = [] if quick else range(len(done["names"]))
+        memory = [apart(part=part, folder=folder, how=how, path=path, side=i) for i in sides]
     times, ratios = done["race"]
     for i in range(1, len(times)):
         results.add(f"{what.format(**how)}, {LABELS[how['size']]}", done["names"][i], done["unit"], done["count"] / times[0],
-                    done["count"] / times[i], ratios[i - 1], aim=aim, memory=[memory[0], memory[i]])
+                    done["count"] / times[i], ratios[i - 1], aim=aim, memory=memory and [memory[0], memory[i]])
 
 
 def measure_growth(results, part, how):
     """How cost grows with the batch, the length of the responses, K, and the size of the model."""
-    how, K = {key: value for key, value in how.items() if key != "K"}, how.get("K", 9)
+    quick, path = results.machine["quick"], results.machine["path"]
+    how = smaller(how) if quick else dict(how)
+    K = how.pop("K", 9)
+    how.pop("rounds", None)
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder) / "data", K=K)
         sides, _, count, _ = SIDES[part](Path(folder), **how)
-        sides["ours"]()
+        if not quick:
+            sides["ours"]()
         what = f"PPO iteration, {count} episodes of {how['new']} tokens" if part == "ppo" else f"reward step, {count} rankings of K = {K}"
-        results.add(f"growth: {what}, {LABELS[how['size']]}", "", "s", sides["ours"](),
-                    memory=[apart(part=part, folder=folder, how=how, path=results.machine["path"], side=0)])
+        taken = sides["ours"]()
+        memory = [] if quick else [apart(part=part, folder=folder, how=how, path=path, side=0)]
+        results.add(f"growth: {what}, {LABELS[how['size']]}", "", "s", taken, memory=memory)
 
 
 PARTS = ("nanogpt", "sampling", "sft", "reward", "ppo", "pretraining", "growth")
@@ -594,6 +611,7 @@ PARTS = ("nanogpt", "sampling", "sft", "reward", "ppo", "pretraining", "growth")
 def arguments():
     parser = argparse.ArgumentParser(description="Speed and memory next to other projects and the machine's limits.")
     parser.add_argument("parts", nargs="*", help=f"what to measure: {' '.join(PARTS)}; default: everything")
+    parser.add_argument("--quick", action="store_true", help="every row once, smaller and without memory")
     parser.add_argument("--path", choices=("plain", "onednn"), help="force these matrix products; default: the project's choice")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="nanoGPT's model.py; default: download it")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as a Markdown table, and stop")
@@ -607,7 +625,7 @@ def arguments():
 
 
 def main(args):
-    parts, here = args.parts or PARTS, machine() | dict(path=args.path)
+    parts, here = args.parts or PARTS, machine() | dict(path=args.path, quick=args.quick)
     print(f"{here['cpu']} ({' '.join(here['flags'])}), {here['cores']} cores, {here['threads']} threads, load {here['load']}; " +
           ", ".join(f"{package} {here[package]}" for package in ("torch", "transformers", "trl")))
     if here["load"] > 0.5 * here["cores"]:
@@ -627,12 +645,13 @@ def main(args):
             print(f"nanogpt is left out: give its model.py by --nanogpt FILE ({error})")
             parts = [part for part in parts if part != "nanogpt"]
     if "sampling" in parts:
-        measure_sampling(results, bandwidth)
+        measure_sampling(results, bandwidth, **dict(size="gpt2-cut", rounds=1) if args.quick else {})
     for part, how, what, aim in RACES:
         if part in parts:
             measure_race(results, part, how | (nanogpt if part == "nanogpt" else {}), what, aim)
     if "pretraining" in parts:
-        measure_pretraining(results, {dtype: max(rate, onednn.get(dtype, 0)) for dtype, rate in plain.items()})
+        rates = {dtype: max(rate, onednn.get(dtype, 0)) for dtype, rate in plain.items()}
+        measure_pretraining(results, rates, **dict(size="gpt2-cut", batch=2, rounds=1) if args.quick else {})
     if "growth" in parts:
         for part, how in GROWTH:
             measure_growth(results, part, how)

@@ -39,6 +39,8 @@ def title(machine):
         parts.append(f"{machine['threads']} threads")
     if machine["path"]:
         parts.append(f"path {machine['path']}")
+    if machine["quick"]:
+        parts.append("quick")
     return ", ".join(parts)
 
 
