@@ -1,6 +1,6 @@
 """Speed and memory next to other projects (transformers, TRL, nanoGPT), and next to the limits of the machine.
 
-    make bench                                        # everything, an hour on two cores
+    make bench                                        # everything, up to an hour on two cores
     make bench QUICK=1                                # every row once, smaller and without memory: at most five minutes
     .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
     .venv/bin/python tests/bench.py --path plain nanogpt   # with F.linear instead of the project's matrix products; or onednn
@@ -20,7 +20,6 @@ import importlib.util
 import json
 import logging
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -49,16 +48,16 @@ import common.run
 import ppo
 import reward
 import sft
+from bench_data import VOCABULARY, mixed_prompts, tokenizer, write_dataset
 from bench_results import Results, machine, print_table
 from common import download
 from common.gpt2 import parameter_names, write_policy, write_scalar_model
 from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
 from data import batches, readers
-from data.tokenizer import END, Tokenizer
+from data.tokenizer import END
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
 
-VOCABULARY = 50257
 SIZES = PRESETS | {"4x128": PRESETS["laptop"] | dict(layers=4), "gpt2-cut": PRESETS["gpt2"] | dict(layers=2)}
 LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "4x128": "4 layers of width 128", "desktop": "4 layers of width 256",
           "gpt2": "124M", "gpt2-cut": "124M cut to 2 layers"}
@@ -85,23 +84,28 @@ def race(sides, rounds):
     return [statistics.median(column) for column in zip(*times)], ratios
 
 
-def limits():
-    """-> {precision: matrix products of PyTorch, in FLOP/s}, {precision: those of oneDNN}, and the bytes/s that copying reads
-    and writes."""
-    def best(work, n=7):
+def measure_limits(results):
+    """-> {precision: matrix products of PyTorch or of oneDNN, the faster, in FLOP/s}, bytes/s that copying reads and writes"""
+    def median(work, n=7):
         work()
         return statistics.median(seconds(work) for _ in range(n))
 
-    plain, onednn = {}, {}
-    for dtype in (torch.float32, torch.bfloat16):
+    rates = {}
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(2, 2048, 2048).to(dtype)
-        plain[dtype] = 2 * 2048**3 / best(lambda: a @ b)
-        if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        products = {"PyTorch": lambda: a @ b}
+        if precision == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
             m = a.to_mkldnn()
-            onednn[dtype] = 2 * 2048**3 / best(lambda: F.linear(m, b))
+            products["oneDNN"] = lambda: F.linear(m, b)
+        found = {name: 2 * 2048**3 / median(product) for name, product in products.items()}
+        rates[precision] = max(found.values())
+        for name, rate in found.items():
+            results.add(f"machine: matrix products, {precision}", name, "GFLOP/s", rate / 1e9)
     x = torch.randn(2**26)
     y = torch.empty_like(x)
-    return plain, onednn, 2 * x.nbytes / best(lambda: y.copy_(x))
+    bandwidth = 2 * x.nbytes / median(lambda: y.copy_(x))
+    results.add("machine: copying, read and written", "PyTorch", "GB/s", bandwidth / 1e9)
+    return rates, bandwidth
 
 
 class Enough(Exception):
@@ -209,44 +213,10 @@ def peer_of(model, folder):
     return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel).from_pretrained(folder / "exported")
 
 
-@functools.cache
-def tokenizer():
-    """As many tokens as GPT-2's, which would have to be downloaded. A space and two letters are one."""
-    letters = [bytes([a]) for a in b"abcdefghijklmnopqrstuvwxyz"]
-    tokens = [bytes([i]) for i in range(256)] + [b" " + a for a in letters] + [b" " + a + b for a in letters for b in letters]
-    high = [bytes([i]) for i in range(128, 256)]
-    tokens += [a + b for a in high for b in high] + [a + b + c for a in high[:3] for b in high for c in high]
-    return Tokenizer("bench", tokens[: VOCABULARY - 1])
-
-
 def peer_tokenizer(folder, padding):
     from transformers import AutoTokenizer
     tokenizer().save_gpt2(folder / "exported", 1024, padding)
     return AutoTokenizer.from_pretrained(folder / "exported", **{} if padding else {"pad_token": END})
-
-
-def text(tokens, rng):
-    return "".join(" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2)) for _ in range(tokens))
-
-
-def write_dataset(folder, rows=256, K=9):
-    """Prompts of 16 to 64 tokens, responses of 8 to 192, those that are ranked of 8 to 64."""
-    rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
-    folder.mkdir(parents=True)
-    tokenizer().save(folder)
-    prompts = [text(rng.randint(16, 64), rng) for _ in range(rows)]
-    readers.write_jsonl(folder / "prompts.train.jsonl", [{"prompt": p, **one} for p in prompts])
-    for split in ("train", "valid"):
-        readers.write_jsonl(folder / f"demonstrations.{split}.jsonl", [
-            {"prompt": p, "response": text(rng.randint(8, 192), rng), **one} for p in prompts])
-        readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
-            {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(K)],
-             "ranks": rng.sample(range(1, K + 1), K), **one} for p in prompts[:96]])
-
-
-def mixed_prompts(count, shortest, longest, vocabulary=VOCABULARY):
-    rng = random.Random(0)
-    return [[rng.randrange(vocabulary - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
 
 
 def write_checkpoint(path, size, kind=GPT):
@@ -325,7 +295,7 @@ def measure_pretraining(results, rates, size="gpt2", batch=8, rounds=3):
     # 6 FLOP per parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
     flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
                               6 * c.layers * c.width * tokens.shape[1])
-    for precision, rate in zip(("float32", "bf16"), rates.values()):
+    for precision, rate in rates.items():
         learner = Learner(model, 1e-5, Runtime(RuntimeConfig(device="cpu", precision=precision)))
 
         def step():
@@ -577,7 +547,8 @@ def measure_race(results, part, how, what, aim):
     with tempfile.TemporaryDirectory() as folder:
         if part != "nanogpt":
             write_dataset(Path(folder) / "data")
-        done = apart(part=part, folder=folder, how=how, path=path, rounds=rounds)
+        measure = child if quick else apart  # a new process takes ten seconds to import the peers
+        done = measure(part=part, folder=folder, how=how, path=path, rounds=rounds)
         if part == "nanogpt":
             how["steps"] = 2  # in the second, Adam has its averages
         sides = [] if quick else range(len(done["names"]))
@@ -591,9 +562,11 @@ def measure_race(results, part, how, what, aim):
 def measure_growth(results, part, how):
     """How cost grows with the batch, the length of the responses, K, and the size of the model."""
     quick, path = results.machine["quick"], results.machine["path"]
-    how = smaller(how) if quick else dict(how)
+    how = dict(how)
     K = how.pop("K", 9)
-    how.pop("rounds", None)
+    if quick:
+        how = smaller(how | dict(batch=max(2, how["batch"] // 4)))
+        how.pop("rounds")
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder) / "data", K=K)
         sides, _, count, _ = SIDES[part](Path(folder), **how)
@@ -624,19 +597,19 @@ def arguments():
     return args
 
 
-def main(args):
-    parts, here = args.parts or PARTS, machine() | dict(path=args.path, quick=args.quick)
+def print_machine(here):
     print(f"{here['cpu']} ({' '.join(here['flags'])}), {here['cores']} cores, {here['threads']} threads, load {here['load']}; " +
           ", ".join(f"{package} {here[package]}" for package in ("torch", "transformers", "trl")))
     if here["load"] > 0.5 * here["cores"]:
         print(f"warning: the load at the start is {here['load']} on {here['cores']} cores: other work will distort the numbers")
     print()
+
+
+def main(args):
+    parts, here = args.parts or PARTS, machine() | dict(path=args.path, quick=args.quick)
+    print_machine(here)
     results = Results(here, ROOT / "out/bench")
-    plain, onednn, bandwidth = limits()
-    for name, rates in (("PyTorch", plain), ("oneDNN", onednn)):
-        for dtype, rate in rates.items():
-            results.add(f"machine: matrix products, {str(dtype)[6:]}", name, "GFLOP/s", rate / 1e9)
-    results.add("machine: copying, read and written", "PyTorch", "GB/s", bandwidth / 1e9)
+    rates, bandwidth = measure_limits(results)
     nanogpt = {}
     if "nanogpt" in parts:
         try:
@@ -650,7 +623,6 @@ def main(args):
         if part in parts:
             measure_race(results, part, how | (nanogpt if part == "nanogpt" else {}), what, aim)
     if "pretraining" in parts:
-        rates = {dtype: max(rate, onednn.get(dtype, 0)) for dtype, rate in plain.items()}
         measure_pretraining(results, rates, **dict(size="gpt2-cut", batch=2, rounds=1) if args.quick else {})
     if "growth" in parts:
         for part, how in GROWTH:

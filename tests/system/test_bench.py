@@ -47,7 +47,7 @@ def test_without_network_the_rows_of_nanogpt_say_how_to_give_the_file_and_the_re
         raise UserError(f"{url}: no network")
     measured = []
     monkeypatch.setattr(bench.download, "fetch", fetch)
-    monkeypatch.setattr(bench, "limits", lambda: ({}, {}, 1e9))
+    monkeypatch.setattr(bench, "measure_limits", lambda results: ({}, 1e9))
     monkeypatch.setattr(bench, "measure_race", lambda results, part, *rest: measured.append(part))
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     bench.main(argparse.Namespace(parts=["nanogpt", "reward"], path=None, quick=False, nanogpt=None))
