@@ -67,7 +67,7 @@ lint: .venv/tests-installed
 	$(RUN) -m ruff check --select E501 --line-length 100 $(TEACHING)
 
 bench: .venv/bench-installed
-	$(RUN) tests/bench.py
+	$(RUN) tests/bench.py $(if $(QUICK),--quick)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make")'

@@ -1,21 +1,25 @@
-"""Speed and memory beside the peers, transformers and TRL, and beside the machine's own limit.
+"""Speed and memory next to other projects (transformers, TRL, nanoGPT), and next to the limits of the machine.
 
-    make bench                                      # all of it, half an hour on two cores
-    .venv/bin/python tests/bench.py sft ppo         # some of: sampling sft reward ppo pretraining growth
+    make bench                                        # everything, up to an hour on two cores
+    make bench QUICK=1                                # every row once, smaller and without memory: at most five minutes
+    .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
+    .venv/bin/python tests/bench.py --path plain nanogpt   # with F.linear instead of the project's matrix products; or onednn
+    .venv/bin/python tests/bench.py --table FILE ...  # results of several machines as a Markdown table, one column each
 
-Ours and theirs run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be
-equal is compared before anything is timed. Medians; a ratio is the median of the ratios of neighbouring runs. Where a
-stage is measured, it is the stage's own main(), and TRL's own train(). Peak memory is that of a fresh process each, less what
-it held after its imports.
+All sides run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be equal is
+compared before anything is timed. Times are medians; a ratio is the median of the ratios of neighboring runs, and above 1 where
+this project is faster. Where a stage is measured, it is the stage's own main(), and TRL's own train(). Memory is the peak of a
+fresh process for each side, minus what it held after its imports. A result goes to out/bench/<processor>.json, where rows that
+were measured earlier on the same machine stay.
 """
 
+import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -25,36 +29,40 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, os.fspath(ROOT))
+if __name__ == "__main__":  # before the imports that read them
+    os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1",
+                   "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
 
 import torch
 import torch.nn.functional as F
-import transformers
-import trl
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
-from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from torch import nn
 
 import common.config
 import common.files
+import common.onednn
 import common.run
 import ppo
 import reward
 import sft
-from common.gpt2 import write_policy, write_scalar_model
+from bench_data import VOCABULARY, mixed_prompts, tokenizer, write_dataset
+from bench_results import Results, machine, print_table
+from common import download
+from common.gpt2 import parameter_names, write_policy, write_scalar_model
 from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
 from data import batches, readers
-from data.tokenizer import END, Tokenizer
+from data.tokenizer import END
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
 
-disable_progress_bar()
-logging.disable(logging.WARNING)
-VOCABULARY = 50257
+SIZES = PRESETS | {"4x128": PRESETS["laptop"] | dict(layers=4), "gpt2-cut": PRESETS["gpt2"] | dict(layers=2)}
+LABELS = {"nano": "nano, 1.6M parameters", "laptop": "laptop", "4x128": "4 layers of width 128", "desktop": "4 layers of width 256",
+          "gpt2": "124M", "gpt2-cut": "124M cut to 2 layers"}
+NANOGPT = "https://raw.githubusercontent.com/karpathy/nanoGPT/3adf61e154c3fe3fca428ad6bc3818b27a3b8291/model.py"
+NANOGPT_SHA256 = "7c01703240dbec5d554527dc666e35b3df8391d0b117fddc07afcf325a21d11c"
 
 
 # ---------------------------------------------------------------- measuring
@@ -65,31 +73,39 @@ def seconds(work):
     return time.perf_counter() - began
 
 
-def race(ours, theirs, rounds):
-    """ours and theirs return seconds a step -> the median of each, and of the ratios theirs / ours, round by round."""
-    for side in (ours, theirs) if rounds > 2 else ():  # a stage leaves its own first step out; at 124M that has to do
-        side()
-    pairs = [(ours(), theirs()) for _ in range(rounds)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(
-        b / a for a, b in pairs)
+def race(sides, rounds):
+    """Functions that return seconds per step -> the median of each, and the median over the rounds of the time of each but the
+    first divided by the time of the first."""
+    if rounds > 2:  # else the warm-up is the first step, which a stage's own loop leaves out
+        for side in sides:
+            side()
+    times = [[side() for side in sides] for _ in range(rounds)]
+    ratios = [statistics.median(row[i] / row[0] for row in times) for i in range(1, len(sides))]
+    return [statistics.median(column) for column in zip(*times)], ratios
 
 
-def limits():
-    """-> {precision: matrix products, in FLOP/s} as PyTorch has them, the same by oneDNN if that is faster, and memory's bytes/s,
-    read and written."""
-    def best(work, n=7):
+def measure_limits(results):
+    """-> {precision: matrix products of PyTorch or of oneDNN, the faster, in FLOP/s}, bytes/s that copying reads and writes"""
+    def median(work, n=7):
         work()
         return statistics.median(seconds(work) for _ in range(n))
 
-    plain, rates = {}, {}
-    for dtype in (torch.float32, torch.bfloat16):
+    rates = {}
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(2, 2048, 2048).to(dtype)
-        m = a.to_mkldnn()
-        plain[dtype] = 2 * 2048**3 / best(lambda: a @ b)
-        rates[dtype] = max(plain[dtype], 2 * 2048**3 / best(lambda: F.linear(m, b)))
+        products = {"PyTorch": lambda: a @ b}
+        if precision == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            m = a.to_mkldnn()
+            products["oneDNN"] = lambda: F.linear(m, b)
+        found = {name: 2 * 2048**3 / median(product) for name, product in products.items()}
+        rates[precision] = max(found.values())
+        for name, rate in found.items():
+            results.add(f"machine: matrix products, {precision}", name, "GFLOP/s", rate / 1e9)
     x = torch.randn(2**26)
     y = torch.empty_like(x)
-    return plain, rates, 2 * x.nbytes / best(lambda: y.copy_(x))
+    bandwidth = 2 * x.nbytes / median(lambda: y.copy_(x))
+    results.add("machine: copying, read and written", "PyTorch", "GB/s", bandwidth / 1e9)
+    return rates, bandwidth
 
 
 class Enough(Exception):
@@ -97,7 +113,7 @@ class Enough(Exception):
 
 
 def steps_of(main, config, steps):
-    """Mean seconds a step of a stage's own loop, without its set-up and first step."""
+    """Mean seconds per step of a stage's own loop, without its set-up and first step."""
     times = []
 
     def log(run, step, **numbers):
@@ -116,41 +132,60 @@ def quiet():
         yield
 
 
-class Clock(TrainerCallback):
-    def __init__(self):
-        self.times = []
+def peer_steps(make_trainer):
+    """Mean seconds per step of the trainer that make_trainer(callbacks) makes, without its set-up and first step."""
+    from transformers import TrainerCallback
+    times = []
 
-    def on_step_end(self, *args, **kwargs):
-        self.times.append(time.perf_counter())
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+    with quiet():
+        make_trainer([Clock()]).train()
+    return (times[-1] - times[0]) / (len(times) - 1)
 
-    @property
-    def mean(self):
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+@contextlib.contextmanager
+def product_path(name):
+    """Inside, Runtime.place gives models the matrix products called `name`: plain (F.linear) or onednn (common/onednn.py); None:
+    those that the project chooses. This is the only place that knows how the choice is made."""
+    if name == "plain":
+        with mock.patch.object(common.onednn, "accelerate", lambda model: None):
+            yield
+    else:
+        yield
 
 
-def apart(what, *arguments, **shape):
-    """What `--WHAT` of this script prints last, in a process of its own: memory that one row has freed is kept by its process."""
-    command = [sys.executable, __file__, f"--{what}", *map(str, arguments), json.dumps(shape)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def apart(**task):
+    """The result of child(**task) in a fresh process: memory that one row has freed would stay with this one."""
+    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(task)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")
+        raise RuntimeError(f"{json.dumps(task)}: exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_memory(row, side, folder, **shape):
-    """Bytes that the same steps of one side take at most, above what its process's imports took."""
-    return apart("peak", row, side, folder, **shape)
+def child(part, folder, how, path, rounds=None, side=None):
+    """With `rounds`: check that the sides agree, then race them. With `side`: the bytes that its steps take at most, minus those
+    held after the imports."""
+    with product_path(path):
+        sides, check, count, unit = SIDES[part](Path(folder), **how)
+        if side is None:
+            check()
+            return dict(names=list(sides), count=count, unit=unit, race=race(list(sides.values()), rounds))
+        before = process_memory("VmRSS")
+        list(sides.values())[side]()
+        return process_memory("VmHWM") - before
 
 
-def status(field):
+def process_memory(field):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 # ---------------------------------------------------------------- models and data
 
-def shape(size):
-    return GPTConfig(vocab_size=VOCABULARY, **PRESETS[size])
+def shape(size, vocabulary=VOCABULARY):
+    return GPTConfig(vocab_size=vocabulary, **SIZES[size])
 
 
 @functools.cache
@@ -170,58 +205,48 @@ def sample(model, prompts, new, uniforms, temperature=1.0, precision="float32"):
         return generate(model, prompts, new, uniforms, temperature)
 
 
-def peer_of(model, kind, folder):
+def peer_of(model, folder):
     """The same weights, in transformers' model."""
-    write = write_scalar_model if isinstance(model, ScalarModel) else write_policy
-    write(folder / "exported", model)
-    return kind.from_pretrained(folder / "exported")
-
-
-@functools.cache
-def tokenizer():
-    """As many tokens as GPT-2's, which would have to be downloaded. A space and two letters are one."""
-    letters = [bytes([a]) for a in b"abcdefghijklmnopqrstuvwxyz"]
-    tokens = [bytes([i]) for i in range(256)] + [b" " + a for a in letters] + [b" " + a + b for a in letters for b in letters]
-    high = [bytes([i]) for i in range(128, 256)]
-    tokens += [a + b for a in high for b in high] + [a + b + c for a in high[:3] for b in high for c in high]
-    return Tokenizer("bench", tokens[: VOCABULARY - 1])
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+    scalar = isinstance(model, ScalarModel)
+    (write_scalar_model if scalar else write_policy)(folder / "exported", model)
+    return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel).from_pretrained(folder / "exported")
 
 
 def peer_tokenizer(folder, padding):
+    from transformers import AutoTokenizer
     tokenizer().save_gpt2(folder / "exported", 1024, padding)
     return AutoTokenizer.from_pretrained(folder / "exported", **{} if padding else {"pad_token": END})
 
 
-def text(tokens, rng):
-    return "".join(" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2)) for _ in range(tokens))
+def write_checkpoint(path, size, kind=GPT):
+    if not path.exists():
+        common.files.save(path, dict(model=weights(size, kind), model_config=vars(shape(size)), tokenizer=tokenizer().fingerprint))
+    return path
 
 
-def write_dataset(folder, rows=256, K=9):
-    """Prompts of 16 to 64 tokens, responses of 8 to 192, those that are ranked of 8 to 64."""
-    rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
-    folder.mkdir()
-    tokenizer().save(folder)
-    prompts = [text(rng.randint(16, 64), rng) for _ in range(rows)]
-    readers.write_jsonl(folder / "prompts.train.jsonl", [{"prompt": p, **one} for p in prompts])
-    for split in ("train", "valid"):
-        readers.write_jsonl(folder / f"demonstrations.{split}.jsonl", [
-            {"prompt": p, "response": text(rng.randint(8, 192), rng), **one} for p in prompts])
-        readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
-            {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(K)],
-             "ranks": rng.sample(range(1, K + 1), K), **one} for p in prompts[:96]])
-    return folder
+# ---------------------------------------------------------------- sampling and pretraining, in this process
+
+def measure_sampling(results, bandwidth, size="gpt2", rounds=5):
+    torch.manual_seed(0)
+    small, large = GPT(GPTConfig(vocab_size=1280, **PRESETS["laptop"])), model_of(size)
+    with tempfile.TemporaryDirectory() as folder:
+        for model, label, prompts, new, aim in ((small, LABELS["laptop"], mixed_prompts(64, 16, 96, 1280), 40, "3×"),
+                                                (large, LABELS[size], mixed_prompts(8, 16, 64), 64, "2×")):
+            tokens = len(prompts) * new
+            (ours, theirs), (ratio,) = race(sampling_sides(model, prompts, new, Path(folder)), rounds)
+            results.add(f"sampling, {label}, {len(prompts)} prompts, {new} tokens", "transformers", "tokens/s", tokens / ours,
+                        tokens / theirs, ratio, aim=aim)
+    ours, limit = bf16_sampling(large, mixed_prompts(8, 16, 64), 64, bandwidth, rounds)
+    results.add(f"sampling, {LABELS[size]}, 8 prompts, 64 tokens, bf16", "limit: reading the weights once per token", "tokens/s",
+                ours, limit, ours / limit, limit=True, aim="50%")
+    (ours, theirs), (ratio,) = race(sides_of_one_prompt(large), min(rounds, 3))
+    results.add(f"9 samples of one prompt of 256 tokens, {LABELS[size]}", "9 calls", "samples/s", 9 / ours, 9 / theirs, ratio)
 
 
-def mixed_prompts(count, shortest, longest, vocabulary=VOCABULARY):
-    rng = random.Random(0)
-    return [[rng.randrange(vocabulary - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
-
-
-# ---------------------------------------------------------------- the rows
-
-def sampling(model, prompts, new, folder):
+def sampling_sides(model, prompts, new, folder):
     model.eval()
-    peer = peer_of(model, GPT2LMHeadModel, folder).eval()
+    peer = peer_of(model, folder).eval()
     end, longest = model.config.end_of_text, max(map(len, prompts))
     ids = torch.tensor([[end] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -233,28 +258,23 @@ def sampling(model, prompts, new, folder):
 
     greedy = sample(model, prompts, new, uniforms, 0)
     assert all(row.tolist()[: len(said)] == said for row, said in zip(theirs(do_sample=False), greedy))
-    a, b, ratio = race(lambda: seconds(lambda: sample(model, prompts, new, uniforms)),
-                       lambda: seconds(lambda: theirs(do_sample=True, top_k=0)), 5)
-    tokens = len(prompts) * new
-    return f"{tokens / a:,.0f} tokens/s", f"{tokens / b:,.0f} tokens/s", f"{ratio:.1f}×"
+    return [lambda: seconds(lambda: sample(model, prompts, new, uniforms)),
+            lambda: seconds(lambda: theirs(do_sample=True, top_k=0))]
 
 
-def sampling_bf16(folder, bandwidth):
-    model = model_of("gpt2").eval()
-    prompts, new = mixed_prompts(8, 16, 64), 64
-    uniforms = torch.rand(8, new, generator=torch.Generator().manual_seed(0))
+def bf16_sampling(model, prompts, new, bandwidth, rounds):
+    """-> tokens/s, and those of a machine that only reads the weights, once per token"""
+    uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(0))
 
     def run():
         sample(model, prompts, new, uniforms, precision="bf16")
     run()
-    taken = statistics.median(seconds(run) for _ in range(5))
+    taken = statistics.median(seconds(run) for _ in range(rounds))
     read = 2 * (sum(p.numel() for p in model.parameters()) - model.positions.weight.numel())  # the unembedding is read
-    return f"{8 * new / taken:,.0f} tokens/s", f"{8 * new / (new * read / bandwidth):,.0f} tokens/s", \
-        f"{new * read / bandwidth / taken:.0%}"
+    return len(prompts) * new / taken, len(prompts) * bandwidth / read
 
 
-def samples_of_one_prompt(folder):
-    model = model_of("gpt2").eval()
+def sides_of_one_prompt(model):
     (prompt,) = mixed_prompts(1, 256, 256)
     uniforms, read = torch.rand(9, 16, generator=torch.Generator().manual_seed(0)), []
     hidden = model.hidden
@@ -262,19 +282,48 @@ def samples_of_one_prompt(folder):
         together = sample(model, [prompt] * 9, 16, uniforms)
     assert read[0] == (1, 256) and all(T == 1 for _, T in read[1:])
     assert together == [sample(model, [prompt], 16, uniforms[i : i + 1])[0] for i in range(9)]
-    a, b, ratio = race(lambda: seconds(lambda: sample(model, [prompt] * 9, 16, uniforms)),
-                       lambda: seconds(lambda: [sample(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)]), 3)
-    return f"{9 / a:.2f} samples/s", f"{9 / b:.2f} samples/s", f"{ratio:.1f}×"
+    return [lambda: seconds(lambda: sample(model, [prompt] * 9, 16, uniforms)),
+            lambda: seconds(lambda: [sample(model, [prompt], 16, uniforms[i : i + 1]) for i in range(9)])]
 
 
-def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
-    data = folder / "data"
-    if not (folder / "sft.pt").exists():
-        common.files.save(folder / "sft.pt", checkpoint(size))
+def measure_pretraining(results, rates, size="gpt2", batch=8, rounds=3):
+    """rates: {precision: FLOP/s of matrix products}, the limit"""
+    model = model_of(size)
+    tokens = torch.randint(VOCABULARY - 1, (batch, 512), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(tokens.shape[1] - 1).repeat(batch, 1)
+    c = model.config
+    # 6 FLOP per parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
+    flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
+                              6 * c.layers * c.width * tokens.shape[1])
+    for precision, rate in rates.items():
+        learner = Learner(model, 1e-5, Runtime(RuntimeConfig(device="cpu", precision=precision)))
+
+        def step():
+            learner.backward(-learner(tokens, positions).mean())
+            learner.step(1e-5)
+        step(), step()
+        taken = statistics.median(seconds(step) for _ in range(rounds))
+        results.add(f"pretraining step, {LABELS[size]}, {batch} × 512 tokens, {precision}", "limit: matrix products alone",
+                    "tokens/s", tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate, limit=True, aim="70%")
+
+
+# ---------------------------------------------------------------- stages: each function below makes the sides of a race
+# -> {name: function that returns seconds per step}, ours first; check(), which asserts that the sides compute the same; and how
+# many units of what a step handles
+
+# What both sides do without: gradients' checkpoints, bf16, dropout, logs and saves.
+PLAIN = dict(gradient_checkpointing=False, bf16=False, report_to="none", disable_tqdm=True, logging_strategy="no",
+             save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
+
+
+def sft_sides(folder, size, batch, steps=3, loss="chunked_nll"):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    data, policy = folder / "data", write_checkpoint(folder / "sft.pt", size)
     pairs = batches.load_demonstrations(data, "train", tokenizer(), shape(size).context)
 
     def ours():
-        config = sft.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", dropout=0.0, pretrain_mix=0.0,
+        config = sft.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=policy, dropout=0.0, pretrain_mix=0.0,
                             batch_size=batch, lr=1e-5)
         return steps_of(sft.main, config, steps)
 
@@ -282,11 +331,9 @@ def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
         dataset = Dataset.from_list([dict(input_ids=p + r, completion_mask=[0] * len(p) + [1] * len(r)) for p, r in pairs])
         config = SFTConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=batch, max_steps=steps + 1,
                            max_length=None, completion_only_loss=True, loss_type=loss, learning_rate=1e-5, **PLAIN)
-        clock = Clock()
-        with quiet():
-            SFTTrainer(peer_of(model_of(size), GPT2LMHeadModel, folder), config, train_dataset=dataset,
-                       processing_class=peer_tokenizer(folder, False), callbacks=[clock]).train()
-        return clock.mean
+        return peer_steps(lambda callbacks: SFTTrainer(
+            peer_of(model_of(size), folder), config, train_dataset=dataset, processing_class=peer_tokenizer(folder, False),
+            callbacks=callbacks))
 
     def check():
         batch = readers.make_batch(pairs[:4], shape(size).end_of_text)
@@ -294,25 +341,17 @@ def sft_sides(folder, size, steps=3, batch=16, loss="chunked_nll"):
         labels = torch.full_like(batch.tokens, -100)
         for row, (context, target) in enumerate(pairs[:4]):
             labels[row, len(context) : len(context) + len(target)] = torch.tensor(target)
-        peer = peer_of(model_of(size), GPT2LMHeadModel, folder).eval()
+        peer = peer_of(model_of(size), folder).eval()
         torch.testing.assert_close(loss / batch.mask.sum(), peer(batch.tokens, labels=labels).loss, rtol=1e-4, atol=0)
 
-    return ours, theirs, check, sum(len(r) for _, r in pairs) / len(pairs) * batch, "tokens that count/s"
+    name = "TRL's SFTTrainer" + (" with transformers' own loss" if loss == "nll" else "")
+    return {"ours": ours, name: theirs}, check, sum(len(r) for _, r in pairs) / len(pairs) * batch, "tokens that count/s"
 
 
-# What both sides do without: gradients' checkpoints, bf16, dropout, logs and saves.
-PLAIN = dict(gradient_checkpointing=False, bf16=False, report_to="none", disable_tqdm=True, logging_strategy="no",
-             save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
-
-
-def checkpoint(size, kind=GPT):
-    return dict(model=weights(size, kind), model_config=vars(shape(size)), tokenizer=tokenizer().fingerprint)
-
-
-def reward_sides(folder, size, steps=2, batch=4):
-    data = folder / "data"
-    if not (folder / "sft.pt").exists():
-        common.files.save(folder / "sft.pt", checkpoint(size))
+def reward_sides(folder, size, batch, steps=2):
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+    data, policy = folder / "data", write_checkpoint(folder / "sft.pt", size)
     comparisons = batches.load_comparisons(data, "train", tokenizer(), shape(size).context)
 
     def pairs(episodes, order):
@@ -320,43 +359,39 @@ def reward_sides(folder, size, steps=2, batch=4):
         return [dict(chosen_ids=rows[i], rejected_ids=rows[j]) for i in range(9) for j in range(9) if order[i] < order[j]]
 
     def ours():
-        config = reward.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=folder / "sft.pt", batch_size=batch, lr=1e-5)
+        config = reward.Config(data=data, out=tempfile.mkdtemp(dir=folder), init=policy, batch_size=batch, lr=1e-5)
         return steps_of(reward.main, config, steps)
 
     def theirs():
         rows = [pair for episodes, order, _ in comparisons[: batch * (steps + 1)] for pair in pairs(episodes, order)]
         config = RewardConfig(output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=36 * batch,
                               max_steps=steps + 1, max_length=None, learning_rate=1e-5, **PLAIN)
-        clock = Clock()
-        with quiet():
-            RewardTrainer(peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder), config,
-                          train_dataset=Dataset.from_list(rows), processing_class=peer_tokenizer(folder, True),
-                          callbacks=[clock]).train()
-        return clock.mean
+        return peer_steps(lambda callbacks: RewardTrainer(
+            peer_of(model_of(size, ScalarModel), folder), config, train_dataset=Dataset.from_list(rows),
+            processing_class=peer_tokenizer(folder, True), callbacks=callbacks))
 
     def check():
         model, (episodes, order, _) = model_of(size, ScalarModel).eval(), comparisons[0]
-        peer = peer_of(model, GPT2ForSequenceClassification, folder).eval()
+        peer = peer_of(model, folder).eval()
         scores = readers.last_scores(model, episodes, shape(size).end_of_text, "cpu")
         theirs = torch.cat([peer(torch.tensor([p + r])).logits[0] for p, r in episodes])
         torch.testing.assert_close(scores, theirs, rtol=1e-3, atol=1e-4)
         margins = torch.stack([theirs[i] - theirs[j] for i in range(9) for j in range(9) if order[i] < order[j]])
         torch.testing.assert_close(reward.ranking_loss(scores, order)[0], -F.logsigmoid(margins).mean(), rtol=1e-3, atol=1e-4)
 
-    return ours, theirs, check, batch, "rankings/s"
+    return {"ours": ours, "TRL's RewardTrainer, 36 pairs per ranking": theirs}, check, batch, "rankings/s"
 
 
-def ppo_sides(folder, size, steps=2, batch=32, new=48):
-    data = folder / "data"
-    for name, kind in (("sft", GPT), ("reward", ScalarModel)):
-        if not (folder / f"{name}.pt").exists():
-            common.files.save(folder / f"{name}.pt", checkpoint(size, kind))
+def ppo_sides(folder, size, batch, new=48, steps=2):
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    data, policy = folder / "data", write_checkpoint(folder / "sft.pt", size)
+    reward_model = write_checkpoint(folder / "reward.pt", size, ScalarModel)
     prompts = [tokenizer().encode(r["prompt"]) for r in readers.read_jsonl(data / "prompts.train.jsonl", "prompts")]
 
     def ours():
-        config = ppo.Config(data=data, out=tempfile.mkdtemp(dir=folder), policy=folder / "sft.pt", reward=folder / "reward.pt",
-                            iterations=steps + 1, batch_size=batch, minibatch_size=batch // 2, max_new_tokens=new, ptx_coef=0.0,
-                            lr=1e-6, value_lr=1e-6)
+        config = ppo.Config(data=data, out=tempfile.mkdtemp(dir=folder), policy=policy, reward=reward_model, iterations=steps + 1,
+                            batch_size=batch, minibatch_size=batch // 2, max_new_tokens=new, ptx_coef=0.0, lr=1e-6, value_lr=1e-6)
         return steps_of(ppo.main, config, steps)
 
     def theirs():
@@ -364,137 +399,243 @@ def ppo_sides(folder, size, steps=2, batch=32, new=48):
                            num_ppo_epochs=1, total_episodes=(steps + 1) * batch, response_length=new, temperature=1.0,
                            stop_token="eos", num_sample_generations=0, learning_rate=1e-6,
                            local_rollout_forward_batch_size=batch, **PLAIN)
-        policy, clock = peer_of(model_of(size), GPT2LMHeadModel, folder), Clock()
-        scalar = lambda: peer_of(model_of(size, ScalarModel), GPT2ForSequenceClassification, folder)
+        policy = peer_of(model_of(size), folder)
+        reward_model, value_model = (peer_of(model_of(size, ScalarModel), folder) for _ in range(2))
         pad = peer_tokenizer(folder, True)
         pad.padding_side = "left"
         policy.resize_token_embeddings(VOCABULARY + 1)  # for the padding
-        trainer = PPOTrainer(config, pad, policy, None, scalar(), Dataset.from_dict({"input_ids": prompts}), scalar(),
-                             eval_dataset=Dataset.from_dict({"input_ids": prompts[:1]}), callbacks=[clock])
-        with quiet():
-            trainer.train()
-        return clock.mean
+        return peer_steps(lambda callbacks: PPOTrainer(
+            config, pad, policy, None, reward_model, Dataset.from_dict({"input_ids": prompts}), value_model,
+            eval_dataset=Dataset.from_dict({"input_ids": prompts[:1]}), callbacks=callbacks))
 
     def check():
         model = model_of(size).eval()
-        peer = peer_of(model, GPT2LMHeadModel, folder).eval()
+        peer = peer_of(model, folder).eval()
         tokens = torch.tensor([prompts[0]])
         theirs = peer(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)  # (1, T - 1)
         positions = torch.arange(tokens.shape[1] - 1)[None]
         torch.testing.assert_close(model(tokens, positions), theirs, rtol=1e-4, atol=1e-4)
 
-    return ours, theirs, check, batch, "episodes/s"
+    return {"ours": ours, "TRL's PPOTrainer": theirs}, check, batch, "episodes/s"
 
 
-def pretraining(rates, folder):
-    model = model_of("gpt2")
-    tokens = torch.randint(VOCABULARY - 1, (8, 512), generator=torch.Generator().manual_seed(0))
-    learners = {dtype: Learner(model, 1e-5, Runtime(RuntimeConfig(device="cpu", precision=name)))
-                for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16"))}
-    positions = torch.arange(tokens.shape[1] - 1).repeat(len(tokens), 1)
+# ---------------------------------------------------------------- nanoGPT
+
+def find_nanogpt(given):
+    """-> the path of nanoGPT's model.py: the one given, or one that is downloaded once"""
+    if given is None:
+        return download.fetch(NANOGPT, download.cache() / "nanogpt" / "model.py", NANOGPT_SHA256, patience=2)
+    if common.files.digest(given) != NANOGPT_SHA256:
+        print(f"note: {given} is not the model.py of {NANOGPT}")
+    return given
+
+
+def nanogpt_model(file, model):
+    """nanoGPT's GPT with the weights of ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     c = model.config
-    # 6 FLOP a parameter and token, and attention's two products, of which the causal half is needed (Chowdhery et al. 2022, B).
-    flops = tokens.numel() * (6 * (sum(p.numel() for p in model.parameters()) - c.context * c.width) +
-                              6 * c.layers * c.width * tokens.shape[1])
-    result = {}
-    for dtype, rate in rates.items():
+    with quiet():
+        theirs = module.GPT(module.GPTConfig(block_size=c.context, vocab_size=c.vocab_size, n_layer=c.layers, n_head=c.heads,
+                                             n_embd=c.width, dropout=0.0, bias=True))
+    ours, names = model.state_dict(), parameter_names(c.layers)
+    theirs.load_state_dict({f"transformer.{names[name]}": w for name, w in ours.items()} | {"lm_head.weight": ours["tokens.weight"]})
+    return theirs
+
+
+def nanogpt_sides(folder, file, size, vocabulary, batch, length, steps=1, lr=1e-4):
+    """A pretraining step: forward, backward, clipping, Adam. The sides are this project, nanoGPT's model, and plain PyTorch, which
+    is model.GPT as it is: F.linear, and the logits in one piece. nanoGPT has the exact GELU, which is faster than the tanh of GPT-2,
+    so it also runs with the latter: then all compute the same. All use the Adam of this project (fused, no weight decay): the one
+    of nanoGPT's configure_optimizers is not fused on a CPU. All keep freed memory (Runtime), which nanoGPT by itself does not."""
+    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-1).flatten()  # the last token of a row has no target
+    runtime = Runtime(RuntimeConfig(device="cpu", precision="float32"))
+
+    def new_model():
+        torch.manual_seed(0)
+        return GPT(shape(size, vocabulary))
+
+    @functools.cache
+    def ours():
+        learner, positions = Learner(runtime.place(new_model()), lr, runtime), torch.arange(length - 1).repeat(batch, 1)
+
         def step():
-            learner = learners[dtype]
-            learner.backward(-learner(tokens, positions).mean())
-            learner.step(1e-5)
-        step(), step()
-        taken = statistics.median(seconds(step) for _ in range(3))
-        result[dtype] = tokens.numel() / taken, rate / flops * tokens.numel(), flops / taken / rate
-    return result
+            loss = -learner(tokens, positions).mean()
+            learner.backward(loss)
+            learner.step(lr)
+            return loss
+        return step
+
+    @functools.cache
+    def nanogpt(gelu="none"):
+        model = nanogpt_model(file, new_model())
+        for block in model.transformer.h:
+            block.mlp.gelu = nn.GELU(approximate=gelu)
+        return plain_step(model, lambda: model(tokens, targets)[1], lr)
+
+    @functools.cache
+    def plain():
+        model = new_model()
+        return plain_step(model, lambda: F.cross_entropy(model(tokens).flatten(0, 1), targets, ignore_index=-1), lr)
+
+    makers = {"ours": ours, "nanoGPT's model": nanogpt, "nanoGPT's model with GPT-2's GELU": lambda: nanogpt("tanh"),
+              "plain PyTorch, logits in one piece": plain}
+
+    def check():
+        for _ in range(2):  # the second loss also depends on the gradients and on Adam
+            losses = [make()() for make in makers.values()]
+            for loss, tolerance in zip(losses[1:], (1e-3, 1e-5, 1e-5)):  # the exact GELU is close to the other
+                torch.testing.assert_close(loss, losses[0], rtol=tolerance, atol=0)
+
+    def timed(make):
+        return lambda: seconds(lambda: [make()() for _ in range(steps)]) / steps
+    return {name: timed(make) for name, make in makers.items()}, check, batch * length, "tokens/s"
 
 
-SIDES = {"sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
-ROWS = [  # kind of row, its shape, what it is, against what, at least
-    ("sft", dict(size="laptop"), "SFT step, 16 padded demonstrations", "TRL's SFTTrainer", "1.5×, half the memory"),
-    ("sft", dict(size="laptop", loss="nll"), "the same", "with transformers' own loss", "1.5×, half the memory"),
-    ("sft", dict(size="gpt2", steps=1), "the same, 124M", "TRL's SFTTrainer", "1.5×, half the memory"),
-    ("sft", dict(size="gpt2", steps=1, loss="nll"), "the same, 124M", "with transformers' own loss", "1.5×, half the memory"),
-    ("reward", dict(size="laptop"), "reward step, 4 rankings of K = 9", "TRL's RewardTrainer, 36 pairs a ranking", "4×"),
-    ("reward", dict(size="gpt2", steps=1, batch=1), "the same, 124M, 1 ranking", "TRL's RewardTrainer", "4×"),
-    ("ppo", dict(size="laptop"), "PPO iteration, 32 episodes of 48 tokens", "TRL's PPOTrainer", "3×, half the memory"),
-    ("ppo", dict(size="gpt2", steps=1, batch=16), "the same, 124M, 16 episodes", "TRL's PPOTrainer", "3×, half the memory"),
+def plain_step(model, compute_loss, lr):
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
+
+    def step():
+        loss = compute_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+    return step
+
+
+# ---------------------------------------------------------------- all parts
+
+SIDES = {"nanogpt": nanogpt_sides, "sft": sft_sides, "reward": reward_sides, "ppo": ppo_sides}
+NANOGPT_STEP = "pretraining step, {batch} × {length} tokens, vocabulary {vocabulary:,}"
+RACES = [  # part, arguments of its sides, what it is, aim
+    ("nanogpt", dict(size="laptop", vocabulary=1280, batch=16, length=128, rounds=15, steps=5), NANOGPT_STEP, "1×"),
+    ("nanogpt", dict(size="4x128", vocabulary=1280, batch=16, length=256, rounds=15, steps=3), NANOGPT_STEP, "1×"),
+    ("nanogpt", dict(size="desktop", vocabulary=1280, batch=16, length=256, rounds=9, steps=2), NANOGPT_STEP, "1×"),
+    ("nanogpt", dict(size="gpt2", vocabulary=VOCABULARY, batch=4, length=512, rounds=5, steps=1), NANOGPT_STEP, "1×"),
+    ("sft", dict(size="laptop", rounds=3, batch=16), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="laptop", rounds=3, batch=16, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", rounds=2, batch=16, steps=1), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("sft", dict(size="gpt2", rounds=2, batch=16, steps=1, loss="nll"), "SFT step, {batch} padded demonstrations", "1.5×, half the memory"),
+    ("reward", dict(size="laptop", rounds=3, batch=4), "reward step, {batch} rankings of K = 9", "4×"),
+    ("reward", dict(size="gpt2", rounds=2, batch=1, steps=1), "reward step, {batch} ranking of K = 9", "4×"),
+    ("ppo", dict(size="laptop", rounds=3, batch=32, new=48), "PPO iteration, {batch} episodes of {new} tokens", "3×, half the memory"),
+    ("ppo", dict(size="gpt2", rounds=2, batch=16, new=48, steps=1), "PPO iteration, {batch} episodes of {new} tokens",
+     "3×, half the memory"),
 ]
 GROWTH = [("ppo", dict(size="laptop", batch=32, new=48) | change) for change in (
     {}, dict(batch=64), dict(batch=128), dict(batch=256), dict(new=96), dict(new=160), dict(size="nano"),
-    dict(size="gpt2", steps=1, batch=16))] + [("reward", dict(size="laptop", K=K)) for K in (2, 4, 9, 18)]
+    dict(size="gpt2", steps=1, batch=16))] + [("reward", dict(size="laptop", batch=4, K=K)) for K in (2, 4, 9, 18)]
 
 
-def gib(size):
-    return f"{size / 2**30:.2f} GiB"
+def smaller(how):
+    """Arguments of a race, for --quick."""
+    how = how | dict(rounds=1, steps=1)
+    if how["size"] == "gpt2":
+        limits = dict(batch=2, length=256, new=16)
+        how |= {key: min(how[key], limit) for key, limit in limits.items() if key in how} | dict(size="gpt2-cut")
+    return how
 
 
-def row(*cells):
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def main(wanted):
-    plain, rates, bandwidth = limits()
-    show = lambda rates: f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32 and {rates[torch.bfloat16] / 1e9:.0f} in bf16"
-    print(f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, trl {trl.__version__}\nmatrix products: {show(plain)} as PyTorch has them, {show(rates)} "
-          f"at best; copying {bandwidth / 1e9:.0f} GB/s, read and written\n")
+def measure_race(results, part, how, what, aim):
+    quick, path = results.machine["quick"], results.machine["path"]
+    how = smaller(how) if quick else dict(how)
+    rounds = how.pop("rounds")
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if set(wanted) - {"growth"}:
-            row("what", "against", "ours", "theirs", "ratio", "at least", "our memory", "theirs")
-            row(*["---"] * 8)
-        if "sampling" in wanted:
-            torch.manual_seed(0)
-            small, large = GPT(GPTConfig(vocab_size=1280, **PRESETS["laptop"])), model_of("gpt2")
-            row("sampling, laptop, 64 prompts, 40 tokens", "transformers", *sampling(small, mixed_prompts(64, 16, 96, 1280), 40,
-                folder), "3×", "", "")
-            row("sampling, 124M, 8 prompts, 64 tokens", "transformers", *sampling(large, mixed_prompts(8, 16, 64), 64, folder),
-                "2×", "", "")
-            row("the same, weights in bf16", "reading the weights once a token", *sampling_bf16(folder, bandwidth), "50%", "", "")
-            row("9 samples of a prompt of 256 tokens, 124M", "9 times one", *samples_of_one_prompt(folder), "prompt once", "", "")
-        for i, (name, how, what, against, least) in enumerate(ROWS):
-            if name in wanted:
-                place = folder / f"{i}"
-                place.mkdir()
-                write_dataset(place / "data")
-                a, b, ratio, count, unit = apart("race", name, place, **how)
-                peaks = [gib(peak_memory(name, side, place, **how)) for side in ("ours", "theirs")]
-                row(what, against, f"{count / a:,.2f} {unit}", f"{count / b:,.2f}", f"{ratio:.1f}×", least, *peaks)
-        if "pretraining" in wanted:
-            for dtype, (ours, limit, share) in pretraining(rates, folder).items():
-                row(f"pretraining step, 124M, 8 rows of 512, {str(dtype)[6:]}", "matrix products alone",
-                    f"{ours:,.0f} tokens/s", f"{limit:,.0f} tokens/s", f"{share:.0%}", "70%", "", "")
-        if "growth" in wanted:
-            print("\nHow cost grows:\n")
-            row("what", "model", "batch", "length or K", "seconds", "memory")
-            row(*["---"] * 6)
-            for i, (name, how) in enumerate(GROWTH):
-                place = folder / f"growth{i}"
-                place.mkdir()
-                K = how.pop("K", 9)
-                write_dataset(place / "data", K=K)
-                ours, _, _, count, _ = SIDES[name](place, **how)
-                ours()
-                row({"ppo": "PPO iteration", "reward": "reward step"}[name], how["size"], str(count),
-                    str(how.get("new", f"K = {K}")), f"{ours():.2f}", gib(peak_memory(name, "ours", place, **how)))
+        if part != "nanogpt":
+            write_dataset(Path(folder) / "data")
+        measure = child if quick else apart  # a new process takes ten seconds to import the peers
+        done = measure(part=part, folder=folder, how=how, path=path, rounds=rounds)
+        if part == "nanogpt":
+            how["steps"] = 2  # in the second, Adam has its averages
+        sides = [] if quick else range(len(done["names"]))
+        memory = [apart(part=part, folder=folder, how=how, path=path, side=i) for i in sides]
+    times, ratios = done["race"]
+    for i in range(1, len(times)):
+        results.add(f"{what.format(**how)}, {LABELS[how['size']]}", done["names"][i], done["unit"], done["count"] / times[0],
+                    done["count"] / times[i], ratios[i - 1], aim=aim, memory=memory and [memory[0], memory[i]])
 
 
-def cpu():
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    return platform.processor()
+def measure_growth(results, part, how):
+    """How cost grows with the batch, the length of the responses, K, and the size of the model."""
+    quick, path = results.machine["quick"], results.machine["path"]
+    how = dict(how)
+    K = how.pop("K", 9)
+    if quick:
+        how = smaller(how | dict(batch=max(2, how["batch"] // 4)))
+        how.pop("rounds")
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder) / "data", K=K)
+        sides, _, count, _ = SIDES[part](Path(folder), **how)
+        if not quick:
+            sides["ours"]()
+        what = f"PPO iteration, {count} episodes of {how['new']} tokens" if part == "ppo" else f"reward step, {count} rankings of K = {K}"
+        taken = sides["ours"]()
+        memory = [] if quick else [apart(part=part, folder=folder, how=how, path=path, side=0)]
+        results.add(f"growth: {what}, {LABELS[how['size']]}", "", "s", taken, memory=memory)
+
+
+PARTS = ("nanogpt", "sampling", "sft", "reward", "ppo", "pretraining", "growth")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Speed and memory next to other projects and the machine's limits.")
+    parser.add_argument("parts", nargs="*", help=f"what to measure: {' '.join(PARTS)}; default: everything")
+    parser.add_argument("--quick", action="store_true", help="every row once, smaller and without memory")
+    parser.add_argument("--path", choices=("plain", "onednn"), help="force these matrix products; default: the project's choice")
+    parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="nanoGPT's model.py; default: download it")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as a Markdown table, and stop")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        print(f"bench.py has no part {' '.join(unknown)}: its parts are {' '.join(PARTS)}", file=sys.stderr)
+        sys.exit(2)
+    return args
+
+
+def print_machine(here):
+    print(f"{here['cpu']} ({' '.join(here['flags'])}), {here['cores']} cores, {here['threads']} threads, load {here['load']}; " +
+          ", ".join(f"{package} {here[package]}" for package in ("torch", "transformers", "trl")))
+    if here["load"] > 0.5 * here["cores"]:
+        print(f"warning: the load at the start is {here['load']} on {here['cores']} cores: other work will distort the numbers")
+    print()
+
+
+def main(args):
+    parts, here = args.parts or PARTS, machine() | dict(path=args.path, quick=args.quick)
+    print_machine(here)
+    results = Results(here, ROOT / "out/bench")
+    rates, bandwidth = measure_limits(results)
+    nanogpt = {}
+    if "nanogpt" in parts:
+        try:
+            nanogpt = dict(file=os.fspath(find_nanogpt(args.nanogpt)))
+        except common.config.UserError as error:
+            print(f"nanogpt is left out: give its model.py by --nanogpt FILE ({error})")
+            parts = [part for part in parts if part != "nanogpt"]
+    if "sampling" in parts:
+        measure_sampling(results, bandwidth, **dict(size="gpt2-cut", rounds=1) if args.quick else {})
+    for part, how, what, aim in RACES:
+        if part in parts:
+            measure_race(results, part, how | (nanogpt if part == "nanogpt" else {}), what, aim)
+    if "pretraining" in parts:
+        measure_pretraining(results, rates, **dict(size="gpt2-cut", batch=2, rounds=1) if args.quick else {})
+    if "growth" in parts:
+        for part, how in GROWTH:
+            measure_growth(results, part, how)
+    print(f"\nwritten to {results.path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peak"]:
-        name, side, folder, how = sys.argv[2:]
-        before = status("VmRSS")
-        SIDES[name](Path(folder), **json.loads(how))[side == "theirs"]()
-        print(status("VmHWM") - before)
-    elif sys.argv[1:2] == ["--race"]:
-        name, folder, how = sys.argv[2:]
-        ours, theirs, check, count, unit = SIDES[name](Path(folder), **json.loads(how))
-        check()
-        print(json.dumps([*race(ours, theirs, 3 if '"laptop"' in how else 2), count, unit]))
+    args = arguments()
+    if args.table:
+        print_table(args.table)
+    elif args.child:
+        print(json.dumps(child(**json.loads(args.child))))
     else:
-        main(sys.argv[1:] or ["sampling", "sft", "reward", "ppo", "pretraining", "growth"])
+        with product_path(args.path):
+            main(args)
