@@ -1,4 +1,4 @@
-"""The made-up tokenizer, dataset and prompts of tests/bench.py: nothing has to be downloaded."""
+"""The made-up tokenizer, dataset and prompts of tests/bench.py and tests/gpu.py: nothing has to be downloaded."""
 
 import functools
 import random
@@ -23,12 +23,12 @@ def text(tokens, rng):
     return "".join(" " + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2)) for _ in range(tokens))
 
 
-def write_dataset(folder, rows=256, K=9):
-    """Prompts of 16 to 64 tokens, responses of 8 to 192, those that are ranked of 8 to 64."""
+def write_dataset(folder, rows=256, K=9, prompt_tokens=(16, 64), page_tokens=None):
+    """Responses have 8 to 192 tokens, those that are ranked 8 to 64. With `page_tokens`, also pretraining text."""
     rng, one = random.Random(0), dict(labeler="a", user="b", use_case="c")
     folder.mkdir(parents=True)
     tokenizer().save(folder)
-    prompts = [text(rng.randint(16, 64), rng) for _ in range(rows)]
+    prompts = [text(rng.randint(*prompt_tokens), rng) for _ in range(rows)]
     readers.write_jsonl(folder / "prompts.train.jsonl", [{"prompt": p, **one} for p in prompts])
     for split in ("train", "valid"):
         readers.write_jsonl(folder / f"demonstrations.{split}.jsonl", [
@@ -36,6 +36,9 @@ def write_dataset(folder, rows=256, K=9):
         readers.write_jsonl(folder / f"comparisons.{split}.jsonl", [
             {"prompt": p, "responses": [text(rng.randint(8, 64), rng) for _ in range(K)],
              "ranks": rng.sample(range(1, K + 1), K), **one} for p in prompts[:96]])
+        if page_tokens:
+            pages = [text(rng.randint(*page_tokens), rng) for _ in range(8 * rows)]
+            readers.write_tokens(folder / f"pretrain.{split}.bin", pages, tokenizer())
 
 
 def mixed_prompts(count, shortest, longest, vocabulary=VOCABULARY):

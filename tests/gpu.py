@@ -38,10 +38,10 @@ from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
 from data import readers
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
-from tests import synthetic
+from tests import bench_data
 
-SHAPE = dict(vocab_size=synthetic.VOCABULARY, **PRESETS["gpt2"])
-END = synthetic.VOCABULARY - 1
+SHAPE = dict(vocab_size=bench_data.VOCABULARY, **PRESETS["gpt2"])
+END = bench_data.VOCABULARY - 1
 
 
 # ---------------------------------------------------------------- helpers
@@ -130,7 +130,7 @@ def float32(folder):
         with torch.no_grad():
             sides.append((side(batch.tokens), [p.grad for p in side.parameters()]))
     logits, gradients = (relative(a, b) for a, b in zip(sides[1], sides[0]))
-    prompts = synthetic.mixed_prompts(8, 4, 24)
+    prompts = bench_data.mixed_prompts(8, 4, 24)
     with machine.sampling(model):
         cached = generate(model, prompts, 32, torch.zeros(8, 32), temperature=0)
     slow = [list(prompt) for prompt in prompts]
@@ -162,7 +162,7 @@ def sixteen_bits(folder):
     with torch.no_grad():  # one number of the hidden states is constant: it moves all logits to -100
         model.norm.weight[0], model.norm.bias[0], model.tokens.weight[:, 0] = 0, -100, 1
     config = ppo.Config(batch_size=16, minibatch_size=16)
-    policy, prompts = Learner(model, 1e-4, machine), synthetic.mixed_prompts(16, 16, 64)
+    policy, prompts = Learner(model, 1e-4, machine), bench_data.mixed_prompts(16, 16, 64)
     ((rollout,),) = ppo.generate_rollouts(policy, [prompts], [torch.rand(16, 48)], config, END)
     with torch.no_grad(), machine.autocast():
         old = model(rollout.tokens, rollout.positions)
@@ -214,7 +214,7 @@ def attention(folder):
     for length in range(101, 171, 7):
         times.append(seconds(lambda: step(length), rounds=1, warmup=0))
     slowest = max(times) / statistics.median(times)
-    prompts = synthetic.mixed_prompts(16, 16, 64)
+    prompts = bench_data.mixed_prompts(16, 16, 64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, machine.sampling(learner.model):
         step(128)
         generate(learner.model, prompts, 12, torch.rand(16, 12))
@@ -243,7 +243,7 @@ def decoding(folder):
     result = []
     for rows, slots, share in ((64, 128, 0.6), (256, 128, 0.6), (64, 1024, 0.6)):
         new = 64
-        prompts = synthetic.mixed_prompts(rows, slots - new, slots - new)
+        prompts = bench_data.mixed_prompts(rows, slots - new, slots - new)
         uniforms = torch.rand(rows, new) * 0.999
 
         def work(new):
@@ -285,7 +285,7 @@ def ppo_config(folder, layers=12, **changes):
         if not (folder / f"{name}.pt").exists():
             files.save(folder / f"{name}.pt", dict(model=random_model(kind, layers=layers).state_dict(), config={},
                                                    model_config=SHAPE | dict(layers=layers),
-                                                   tokenizer=synthetic.tokenizer().fingerprint))
+                                                   tokenizer=bench_data.tokenizer().fingerprint))
     how = dict(data=str(folder / "data"), out=tempfile.mkdtemp(dir=folder), policy=str(folder / f"{names[0]}.pt"),
                reward=str(folder / f"{names[1]}.pt"), device=DEVICE, resume=False, lr=1e-5, value_lr=1e-5)
     return ppo.Config(**how | changes)
@@ -317,7 +317,7 @@ def ppo_speed(folder):
 def memory(folder):
     """8: the peak of PPO's memory next to plan.py's, with rows of equal length; and whether it grows."""
     if not (folder / "equal").exists():
-        synthetic.write_dataset(folder / "equal", prompt_tokens=(64, 64), page_tokens=(111, 111))
+        bench_data.write_dataset(folder / "equal", prompt_tokens=(64, 64), page_tokens=(111, 111))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, peaks, log = torch.cuda.memory_allocated(), [], common.run.Run.log
@@ -437,7 +437,7 @@ def main(names):
     table, out = [], Path(os.environ.get("OUT", ROOT / "out"))
     out.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        synthetic.write_dataset(Path(folder) / "data")
+        bench_data.write_dataset(Path(folder) / "data", page_tokens=(64, 256))
         for name in names or CHECKS:
             began = time.perf_counter()
             try:
