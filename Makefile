@@ -1,6 +1,6 @@
 # Figure 2 of the paper as targets: each stage depends on the checkpoint that it starts from.
 # `make` trains everything on the built-in world and writes out/report.md; `make paper` goes on with the paper's experiments;
-# `make test` runs the tests, `make lint` checks the style; `make bench` measures speed and memory beside others. Each sets
+# `make test` runs the tests, `make lint` checks the style; `make bench` measures speed and memory beside others; `make gpu` checks a GPU. Each sets
 # up .venv first.
 # PYTHON=python3.12 make ... chooses another Python (3.11 or newer).
 
@@ -20,6 +20,10 @@ sft: $(SFT)
 comparisons: $(DATA)/comparisons.train.jsonl
 reward: $(OUT)/reward/model.pt
 ppo: $(OUT)/ppo/model.pt $(OUT)/ppo_noptx/model.pt
+
+# Threads that wait for each other spin for 0.1 ms, then sleep. By default they spin for milliseconds, and next to one other
+# busy process a run would become four times as slow (docs/speed.md).
+export GOMP_SPINCOUNT ?= 3000
 
 # A stage is made again only if what it starts from is newer. Editing code does not throw away what was trained with
 # it; `make clean` does.
@@ -69,6 +73,9 @@ lint: .venv/tests-installed
 bench: .venv/bench-installed
 	$(RUN) tests/bench.py $(if $(QUICK),--quick)
 
+gpu: .venv/installed
+	$(RUN) tests/gpu.py
+
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make")'
 	$(PYTHON) -m venv .venv
@@ -87,4 +94,4 @@ bench: .venv/bench-installed
 clean:
 	rm -rf $(OUT) $(DATA)/*.bin $(DATA)/*.jsonl $(DATA)/*.part $(DATA)/tokenizer.json
 
-.PHONY: report data base sft comparisons reward ppo paper runs test lint bench clean
+.PHONY: report data base sft comparisons reward ppo paper runs test lint bench gpu clean

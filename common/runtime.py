@@ -141,8 +141,6 @@ class Runtime:
             for block in model.blocks:
                 block.__class__ = layers.PlacedBlock
                 block.place(self.config.compile, self.config.activation_checkpointing)
-        if self.device.type == "cpu":
-            onednn.accelerate(model)
         if not self.config.shard:
             return model.to(self.device)
         mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)

@@ -3,7 +3,7 @@
     make bench                                        # everything, up to an hour on two cores
     make bench QUICK=1                                # every row once, smaller and without memory: at most five minutes
     .venv/bin/python tests/bench.py sft ppo           # only some parts: those of PARTS below
-    .venv/bin/python tests/bench.py --path plain nanogpt   # with F.linear instead of the project's matrix products; or onednn
+    .venv/bin/python tests/bench.py --path plain sampling  # without packed copies of the weights; packed: of all weights
     .venv/bin/python tests/bench.py --table FILE ...  # results of several machines as a Markdown table, one column each
 
 All sides run in turn in one process, on the same weights, data, precision and threads, after a warm-up. What has to be equal is
@@ -147,12 +147,10 @@ def peer_steps(make_trainer):
 
 @contextlib.contextmanager
 def product_path(name):
-    """Inside, Runtime.place gives models the matrix products called `name`: plain (F.linear) or onednn (common/onednn.py); None:
-    those that the project chooses. This is the only place that knows how the choice is made."""
-    if name == "plain":
-        with mock.patch.object(common.onednn, "accelerate", lambda model: None):
-            yield
-    else:
+    """Inside, sampling uses weights as they are (plain) or copies of all in oneDNN's order (packed); None: copies of the large
+    ones, which is the project's choice (common/onednn.py)."""
+    large = {None: common.onednn.LARGE, "plain": 2**62, "packed": 1}[name]
+    with mock.patch.object(common.onednn, "LARGE", large):
         yield
 
 
@@ -585,7 +583,7 @@ def arguments():
     parser = argparse.ArgumentParser(description="Speed and memory next to other projects and the machine's limits.")
     parser.add_argument("parts", nargs="*", help=f"what to measure: {' '.join(PARTS)}; default: everything")
     parser.add_argument("--quick", action="store_true", help="every row once, smaller and without memory")
-    parser.add_argument("--path", choices=("plain", "onednn"), help="force these matrix products; default: the project's choice")
+    parser.add_argument("--path", choices=("plain", "packed"), help="force these weights for sampling; default: the project's choice")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="nanoGPT's model.py; default: download it")
     parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print these results as a Markdown table, and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import model as model_module
-from conftest import cpu, random_gpt, same
-from common.onednn import accelerate, linear, packed
-from model import GPT, PRESETS, GPTConfig, LastLayer, ScalarModel, generate, sample_tokens
+from conftest import cpu, random_gpt
+from common import onednn
+from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, sample_tokens
 
 END = 8
 
@@ -129,60 +129,34 @@ def test_there_are_never_more_logits_than_allowed(monkeypatch):
     assert max(sizes) == 18 and sum(sizes) == 2 * 21 * 9  # once forward, once more backward
 
 
-def test_float32_products_by_onednn_are_those_of_float64():
-    """Sizes above and below from which it is used, with and without a bias, and their gradients."""
-    torch.manual_seed(0)
-    for rows, inputs, outputs, bias in ((300, 256, 512, True), (300, 512, 256, False), (3, 4, 5, True)):
-        x, w, b = torch.randn(2, rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs) if bias else None
-        narrow = [t.clone().requires_grad_() for t in (x, w, b) if t is not None]
-        wide = [t.double().requires_grad_() for t in (x, w, b) if t is not None]
-        g = torch.randn(2, rows, outputs)
-        a, c = linear(*narrow), torch.nn.functional.linear(*wide)
-        assert (a.grad_fn.name() == "ProductBackward") == (rows == 300)
-        assert a.dtype == torch.float32 and a.layout == torch.strided
-        torch.testing.assert_close(a, c.float(), rtol=1e-4, atol=1e-3)
-        a.backward(g)
-        c.backward(g.double())
-        torch.testing.assert_close([t.grad for t in narrow], [t.grad.float() for t in wide], rtol=1e-4, atol=1e-2)
+@pytest.fixture
+def every_weight_is_large(monkeypatch):
+    monkeypatch.setattr(onednn, "LARGE", 1)
 
 
-def test_gradients_of_a_model_large_enough_for_onednn_are_those_in_float64():
-    config = GPTConfig(vocab_size=500, context=64, layers=2, heads=4, width=128)
-    torch.manual_seed(0)
-    model, tokens = GPT(config), torch.randint(500, (16, 64))
-    wide = copy.deepcopy(model).double()
-    accelerate(model)
-    for m in (model, wide):
-        m(tokens).log_softmax(-1)[..., 3].sum().backward()  # the gradient of a sum, whose stride is 0
-    for (name, p), q in zip(model.named_parameters(), wide.parameters()):
-        assert (p.grad - q.grad).norm() < 1e-4 * q.grad.norm(), name
-
-
-def test_under_autocast_weights_are_packed_in_bf16_but_the_unembedding_in_float32():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_have_the_precision_of_autocast_but_the_unembedding_float32(dtype, every_weight_is_large):
     model = random_gpt()
-    accelerate(model)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), packed(model):
-            for weight, expected in ((model.tokens.weight, torch.float32), (model.blocks[0].attention.qkv.weight, dtype)):
-                assert getattr(weight, "packed", torch.empty(0, dtype=expected)).dtype == expected
+    packed_layer = model.blocks[0].attention.qkv
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), onednn.packed(model):
+        assert model.last_layer.packed.dtype == torch.float32
+        if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            assert packed_layer.packed.dtype == dtype and type(packed_layer) is onednn.PackedLinear
 
 
-def test_accelerated_models_have_the_same_parameters_and_only_layers_of_onednn():
-    for kind in (GPT, ScalarModel):
-        model, plain = random_gpt(kind=kind), random_gpt(kind=kind)
-        accelerate(model)
-        assert same(model.state_dict(), plain.state_dict())
-        for module, before in zip(model.modules(), plain.modules()):
-            assert (type(module) is not type(before)) == isinstance(before, (torch.nn.Linear, LastLayer))
+def test_only_large_weights_are_packed():
+    model = GPT(GPTConfig(vocab_size=600, context=8, layers=1, heads=1, width=1024))  # the MLP has 4 Mi numbers
+    with onednn.packed(model):
+        assert [type(m) for m in model.blocks[0].mlp if isinstance(m, torch.nn.Linear)] == [onednn.PackedLinear] * 2
+    small = random_gpt()
+    with onednn.packed(small):
+        assert not any(isinstance(m, onednn.PackedLinear) for m in small.modules())
 
 
-@pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype, accelerated):  # pitfall 42
+def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype):  # pitfall 42
     for kind in (GPT, ScalarModel):
         model = random_gpt(kind=kind)
-        if accelerated:
-            accelerate(model)
         weight, bias = (model.tokens.weight, 0) if kind is GPT else (model.head.weight, model.head.bias)
         with torch.no_grad():
             model.norm.bias.add_(100 * weight[0])  # numbers far from 0, as GPT-2's logits are
@@ -196,11 +170,8 @@ def test_logits_and_scores_are_computed_in_float32_under_autocast(dtype, acceler
         torch.testing.assert_close(result, expected.view(result.shape).float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("accelerated", [False, True])
-def test_logprobs_under_autocast_do_not_depend_on_how_far_from_zero_the_logits_lie(accelerated):  # pitfall 42
+def test_logprobs_under_autocast_do_not_depend_on_how_far_from_zero_the_logits_lie():  # pitfall 42
     near = random_gpt()
-    if accelerated:
-        accelerate(near)
     far = copy.deepcopy(near)
     with torch.no_grad():  # the last position of every vector: the same for all tokens, so it shifts logits and no more
         for model, shift in ((near, 0.0), (far, -100.0)):
@@ -222,15 +193,15 @@ def test_sampling_chooses_by_float32_logits(dtype, monkeypatch):  # pitfall 42
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
-def test_packed_weights_give_the_logits_of_plain_ones_and_are_gone_afterwards(dtype, bound):
+def test_packed_weights_give_the_logits_of_plain_ones_and_are_gone_afterwards(dtype, bound, every_weight_is_large):
     model, tokens = random_gpt(), torch.tensor([[1, 2, 3], [4, 5, 6]])
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         plain = model(tokens).float()
-        accelerate(model)
-        with packed(model):
-            assert hasattr(model.tokens.weight, "packed")
+        with onednn.packed(model):
+            assert type(model.last_layer) is onednn.PackedLastLayer
             torch.testing.assert_close(model(tokens).float(), plain, rtol=0, atol=bound)
-    assert not any(hasattr(p, "packed") for p in model.parameters())
+    assert not any(hasattr(m, "packed") for m in model.modules())
+    assert {type(m) for m in model.modules()} == {type(m) for m in random_gpt().modules()}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import bench
 import bench_results
+from common import onednn
 from common.config import UserError
 from common.runtime import Runtime, RuntimeConfig
 from conftest import random_gpt
@@ -36,10 +37,11 @@ def test_an_unknown_part_is_one_line_and_exit_status_2(monkeypatch, capsys):
     assert stopped.value.code == 2 and len(lines) == 1 and "nonsense" in lines[0]
 
 
-def test_the_path_named_plain_leaves_the_linear_layers_of_pytorch():
-    with bench.product_path("plain"):
-        model = Runtime(RuntimeConfig(device="cpu")).place(random_gpt())
-    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+@pytest.mark.parametrize("path, layer", [("plain", nn.Linear), ("packed", onednn.PackedLinear), (None, nn.Linear)])
+def test_the_path_decides_which_weights_are_packed_while_sampling(path, layer):
+    machine, model = Runtime(RuntimeConfig(device="cpu")), random_gpt()
+    with bench.product_path(path), machine.sampling(machine.place(model)):
+        assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {layer}
 
 
 def test_without_network_the_rows_of_nanogpt_say_how_to_give_the_file_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
