@@ -49,7 +49,7 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
-CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between checks for finished rows
+CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between checks for finished rows: each waits for a GPU
 
 
 class Attention(nn.Module):
@@ -162,7 +162,7 @@ class GPT(Trunk):
         return -F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
     def decode(self, tokens, cache):
-        """tokens (B,), the next of each row of the cache -> their hidden states (B, C)."""
+        """tokens (B,), the next token of each row of the cache -> its hidden state (B, C)."""
         hidden = self.hidden(tokens[:, None], cache)[:, 0]
         cache.used, cache.lengths = cache.used + 1, cache.lengths + 1
         return hidden
@@ -266,7 +266,7 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, count_un
     """Sample a response to each prompt, with a KV cache.
 
     prompts: B lists of token ids. uniforms: (B, max_new_tokens) in [0, 1), decide every choice.
-    count_unfinished: callback for ranks that share the weights: rows left here -> rows left in all.
+    count_unfinished: callback if ranks share weights: local number of unfinished rows -> global.
     Returns B lists of token ids, each ended by the end of text or cut after max_new_tokens.
     ValueError if a prompt is empty or leaves no room in the context."""
     lengths = [len(prompt) for prompt in prompts]

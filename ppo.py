@@ -63,11 +63,10 @@ class Config(RuntimeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, 1, None, "iterations", "batch_size", "minibatch_size", "max_new_tokens")
-        check_range(self, 0, None, "lr", "value_lr", "beta", "ptx_coef", "truncation_penalty",
-                    "save_every")
-        check_range(self, 0, 1e6, "clip", "value_clip", "ptx_rows")
-        check_range(self, 0, 1, "gamma", "lam")
+        check_range(self, "iterations", "batch_size", "minibatch_size", "max_new_tokens", at_least=1)
+        check_range(self, "lr", "value_lr", "beta", "ptx_coef", "truncation_penalty", at_least=0)
+        check_range(self, "clip", "value_clip", "ptx_rows", "save_every", at_least=0, at_most=1e6)
+        check_range(self, "gamma", "lam", at_least=0, at_most=1)
         check(self.temperature > 0, "--temperature is above 0")
         check(0 <= self.ema < 1, "--ema is from 0 to under 1")
         check(self.batch_size % self.minibatch_size == 0, f"--batch_size {self.batch_size} is not "
@@ -154,11 +153,11 @@ class Rollout:
     """Episodes of one micro-batch, and what was computed for them before any update."""
     prompts: list  # B lists of token ids
     responses: list  # B lists of token ids, ended by the end of text unless truncated
-    truncated: torch.Tensor  # (B,)
     tokens: torch.Tensor  # (B, T) prompt and response, padded
     positions: torch.Tensor  # (B, R) the positions that predict the response tokens
     mask: torch.Tensor  # (B, R) which response tokens exist
-    count: int  # of response tokens
+    count: int  # how many exist
+    truncated: torch.Tensor  # (B,)
     logprobs: torch.Tensor = None  # (B, R) under the policy that sampled them
     ref_logprobs: torch.Tensor = None  # (B, R) under the SFT model
     values: torch.Tensor = None  # (B, R) of the text before each response token
@@ -172,9 +171,10 @@ class Rollout:
 def make_rollout(pairs, end_of_text, device):
     """B pairs of (prompt, response) -> Rollout."""
     prompts, responses = map(list, zip(*pairs))
-    truncated = readers.to_device(torch.tensor([r[-1] != end_of_text for r in responses]), device)
     batch = readers.make_batch(pairs, end_of_text, device)
-    return Rollout(prompts, responses, truncated, **vars(batch))
+    truncated = readers.to_device(torch.tensor([r[-1] != end_of_text for r in responses]), device)
+    return Rollout(prompts, responses, batch.tokens, batch.positions, batch.mask, batch.count,
+                   truncated)
 
 
 @torch.no_grad()
@@ -214,10 +214,10 @@ def estimate_advantages(rollouts, config, runtime):
     for rollout in rollouts:
         rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, rollout.mask,
                                                   config.gamma, config.lam)
-    flat = torch.cat([rollout.advantages.flatten() for rollout in rollouts])
-    masks = torch.cat([rollout.mask.flatten() for rollout in rollouts])
-    white = whiten(flat, masks, runtime.all_reduce).split([r.mask.numel() for r in rollouts])
-    for rollout, part in zip(rollouts, white):
+    advantages = torch.cat([rollout.advantages.flatten() for rollout in rollouts])
+    mask = torch.cat([rollout.mask.flatten() for rollout in rollouts])
+    whitened = whiten(advantages, mask, runtime.all_reduce)
+    for rollout, part in zip(rollouts, whitened.split([r.mask.numel() for r in rollouts])):
         rollout.advantages = part.view_as(rollout.mask)
 
 
@@ -225,7 +225,7 @@ def estimate_advantages(rollouts, config, runtime):
 
 def policy_step(policy, ema, minibatch, pretraining, count, warmup, config):
     """One update: the gradient of the clipped surrogate plus ptx_coef times that of the pretraining
-    loss (C.4). count: response tokens of the global minibatch. warmup: fraction of the rate."""
+    loss (C.4). count: response tokens of the global minibatch. warmup: fraction of the rates."""
     total = ratio = clipped = ptx_loss = 0.0
     for rollout in policy.accumulate(minibatch, more_follow=bool(pretraining)):
         logprobs = policy(rollout.tokens, rollout.positions, config.temperature)  # (B, R)
@@ -310,7 +310,6 @@ def main(config):
             pretraining = data.pretraining_batches(iteration * updates + i, end_of_text, runtime)
             numbers = policy_step(policy, ema, minibatch, pretraining, count, warmup, config)
             logs.append(numbers | value_step(value_model, minibatch, count, warmup, config))
-
         numbers = rollout_statistics(rollouts, runtime) | update_statistics(logs)
         numbers |= value_statistics(rollouts, runtime)
         numbers["episodes_per_second"] = config.batch_size / (time.monotonic() - started)

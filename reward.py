@@ -41,8 +41,8 @@ class Config(RuntimeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, 1, None, "epochs", "batch_size")
-        check_range(self, 0, None, "lr")
+        check_range(self, "epochs", "batch_size", at_least=1)
+        check_range(self, "lr", at_least=0)
 
 
 def ranking_loss(rewards, ranks):
@@ -85,8 +85,8 @@ def train_step(learner, comparisons, lr, end_of_text):
     total, pairs, right = 0.0, 0, 0
     for part in learner.accumulate(runtime.micro_batches(mine, len(comparisons), longest)):
         examples = [example for examples, _, _ in part for example in examples]
-        scores = readers.last_scores(learner, examples, end_of_text, runtime.device).cpu()  # (B,)
-        by_prompt = scores.split([len(examples) for examples, _, _ in part])  # P tensors (K,)
+        scores = readers.last_scores(learner, examples, end_of_text, runtime.device)  # (B,)
+        by_prompt = scores.cpu().split([len(examples) for examples, _, _ in part])  # P times (K,)
         loss = 0.0
         for rewards, (_, ranks, _) in zip(by_prompt, part):
             prompt_loss, n, n_right = ranking_loss(rewards, ranks)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from common import download, gpt2
-from common.config import check, launch
+from common.config import check, check_range, launch
 from common.learner import Learner, cosine
 from common.run import Run, load_model
 from common.runtime import Runtime, RuntimeConfig
@@ -50,8 +50,8 @@ class Config(RuntimeConfig):
         check(self.init != "scratch" or self.pretrain_mix == 1,
               "--init scratch has nothing to fine-tune; it goes with --pretrain_mix 1")
         check(self.context == 0 or self.context > 1, "--context is at least 2, or 0")
-        check(min(self.epochs, self.batch_size) >= 1, "--epochs and --batch_size are at least 1")
-        check(self.lr >= 0, "--lr is at least 0")
+        check_range(self, "epochs", "batch_size", at_least=1)
+        check_range(self, "lr", at_least=0)
         check(0 <= self.dropout < 1, "--dropout is from 0 to under 1")
         check(self.pretrain_mix in (0, 1) or 0 < self.pretrain_rows < self.batch_size,
               f"--pretrain_mix {self.pretrain_mix} of --batch_size {self.batch_size} rows is all "

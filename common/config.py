@@ -65,12 +65,12 @@ def check(condition, message):
         raise ValueError(message)
 
 
-def check_range(config, low, high, *names):
-    """ValueError for the first of these settings that is below `low` or above `high` (None: no limit)."""
+def check_range(config, *names, at_least, at_most=None):
+    """ValueError for the first of these settings that is out of the range."""
     for name in names:
-        limit = "" if high is None else f" and at most {high:g}"
+        limit = "" if at_most is None else f" and at most {at_most:g}"
         value = getattr(config, name)
-        check(low <= value and (high is None or value <= high), f"--{name} is at least {low}{limit}")
+        check(at_least <= value and (at_most is None or value <= at_most), f"--{name} is at least {at_least}{limit}")
 
 
 def launch(main, Config):
@@ -98,8 +98,8 @@ def guard(work):
 
 
 def leave(status):
-    """Exit. One of several processes leaves without a word to the others: ending the process group in order would wait for
-    them, and they may be waiting for this one. torchrun stops them."""
+    """Exit. One of several processes exits at once, without atexit handlers: destroying the process group would wait for the
+    others, which may be waiting for this one. torchrun stops them."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

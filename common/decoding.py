@@ -13,12 +13,14 @@ from torch import nn
 from model import GPT
 
 
-class Decoder:
-    """What a placed model decodes by while sampling. Weights of matrix products are copied in the precision `dtype`, because
-    autocast would convert them again for each token, and the unembedding with `pad` more rows (see layers.PlacedGPT)."""
+class RecordedSteps:
+    """Computes `GPT.decode` for a placed model while it is sampled from. Weights of matrix products are copied in the precision
+    `dtype`, because autocast would convert them again for each token. The unembedding is copied with `padding_rows` more rows
+    (see layers.PlacedGPT)."""
 
-    def __init__(self, model, dtype, pad=0):
-        self.model, self.pad = model, pad
+    def __init__(self, model, dtype, padding_rows=0):
+        self.parameters = dict(model.named_parameters())  # not the model, which has this object: they are freed together
+        self.padding_rows = padding_rows
         with torch.device("meta"):
             self.network = GPT(model.config)
         weights = dict(model.state_dict())
@@ -29,15 +31,14 @@ class Decoder:
                     self.copies[f"{name}.{kind}"] = torch.empty_like(weights[f"{name}.{kind}"], dtype=dtype)
         self.network.load_state_dict(weights | self.copies, assign=True)
         self.network.eval().requires_grad_(False)
-        self.unembedding = self.storage = self.loaded = None
+        self.unembedding = self.storage = self.loaded = self.graph = None
         self.graphs = {}  # (rows, slots): Graph
 
     def update(self):
         """Copy the weights, which an update may have changed, to where the graphs read them."""
-        weights = dict(self.model.named_parameters())
         for name, copy in self.copies.items():
-            copy.copy_(weights[name].detach())
-        self.unembedding = F.pad(self.model.tokens.weight.detach(), (0, 0, 0, self.pad))
+            copy.copy_(self.parameters[name].detach())
+        self.unembedding = F.pad(self.parameters["tokens.weight"].detach(), (0, 0, 0, self.padding_rows))
 
     @torch.no_grad()
     def __call__(self, tokens, cache):
@@ -71,8 +72,8 @@ class Decoder:
     def record(self, like, shape):
         size = torch.Size(shape).numel()
         if self.storage is None or size > self.storage.numel() or self.storage.dtype != like.dtype:
-            self.graphs.clear()  # they work in the old storage
-            self.storage = None
+            self.graphs.clear()  # they work in the old storage, which is freed first
+            self.storage = self.loaded = self.graph = None
             self.storage = torch.zeros(size, dtype=like.dtype, device=like.device)
         graph = Graph(self.storage[:size].view(shape))
         graph.replay = capture(lambda: graph.run(self.network))

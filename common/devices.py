@@ -39,7 +39,8 @@ def choose_device(name, local_rank):
 
 def choose_dtype(precision, device):
     """The precision of matrix products. auto is the best of a GPU (bf16 where it is not emulated), float32 elsewhere. With
-    16 bits, float32 products (the last layer's) are TensorFloat-32 on a GPU: still more precise than their inputs."""
+    16 bits, float32 products on a GPU (the last layer's) are TensorFloat-32: their inputs are rounded to 10 bits, those of bf16
+    products to 7."""
     if precision == "auto":
         precision = "float32"
         if device.type == "cuda":

@@ -13,37 +13,39 @@ class PlacedGPT(GPT):
     """A GPT that computes log-probabilities for at most `max_logits` logits at a time. If there are more, they are recomputed
     in the backward pass instead of kept.
 
-    On a GPU the unembedding is multiplied with `pad` more rows, so that their number is a multiple of 64: with GPT-2's 50,257
-    the product takes three times as long. While Runtime.sampling sets a `decoder`, it decodes by that."""
+    On a GPU the unembedding gets `padding_rows` rows of zeros, so that it has a multiple of 64 rows: the product with GPT-2's
+    50,257 takes three times as long. Within Runtime.sampling, a GPU decodes by `recorded_steps`."""
 
-    max_logits, pad, decoder = 2**28, 0, None
+    max_logits, padding_rows = 2**28, 0
+    kept_steps = recorded_steps = None  # a RecordedSteps, once there is one; the same, but only within Runtime.sampling
 
     def logprobs(self, hidden, targets, temperature=1.0):
-        size = max(1, self.max_logits // self.config.vocab_size)
-        if targets.numel() <= size:
-            return self.piece(hidden.flatten(0, -2), targets.flatten(), temperature).view(targets.shape)
-        pieces = zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size))
-        pieces = [checkpoint(self.piece, *piece, temperature, use_reentrant=False) for piece in pieces]
+        rows_at_once = max(1, self.max_logits // self.config.vocab_size)
+        rows = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+        if targets.numel() <= rows_at_once:
+            return self.logprobs_of_rows(*rows, temperature).view(targets.shape)
+        pieces = zip(*(x.split(rows_at_once) for x in rows))
+        pieces = [checkpoint(self.logprobs_of_rows, *piece, temperature, use_reentrant=False) for piece in pieces]
         return torch.cat(pieces).view(targets.shape)
 
-    def piece(self, hidden, targets, temperature):
+    def logprobs_of_rows(self, hidden, targets, temperature):
         """hidden (N, C), targets (N,) -> (N,)"""
-        if not self.pad:
+        if not self.padding_rows:
             return super().logprobs(hidden, targets, temperature)
-        weight = F.pad(self.tokens.weight, (0, 0, 0, self.pad))
-        bias = torch.zeros(len(weight), device=weight.device)
+        weight = F.pad(self.tokens.weight, (0, 0, 0, self.padding_rows))
+        bias = torch.zeros(len(weight), device=weight.device, dtype=weight.dtype)
         bias[self.config.vocab_size:] = -torch.inf  # probability 0
         logits = self.last_layer(hidden / temperature, weight, bias)
         return -F.cross_entropy(logits, targets, reduction="none")
 
     def unembed(self, hidden):
-        if self.decoder is not None:
-            return self.last_layer(hidden, self.decoder.unembedding)[..., : self.config.vocab_size]
+        if self.recorded_steps is not None:
+            return self.last_layer(hidden, self.recorded_steps.unembedding)[..., : self.config.vocab_size]
         return super().unembed(hidden)
 
     def decode(self, tokens, cache):
-        if self.decoder is not None:
-            return self.decoder(tokens, cache)
+        if self.recorded_steps is not None:
+            return self.recorded_steps(tokens, cache)
         return super().decode(tokens, cache)
 
 
@@ -51,7 +53,7 @@ class PlacedBlock(Block):
     """A block that may be compiled, and that may keep only its input for the backward pass and recompute the rest. Neither
     matters while sampling, where it works on a cache."""
 
-    def place(self, compiled, checkpointed):
+    def configure(self, compiled, checkpointed):
         self.checkpointed = checkpointed
         self.compute = torch.compile(super().forward, dynamic=True) if compiled else super().forward
 

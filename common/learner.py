@@ -52,7 +52,8 @@ class Learner:
 
     def backward(self, loss):
         """The backward pass of this rank's part of a global mean: its sum, divided by the global count. Ranks average
-        gradients, so it is multiplied by their number; with fp16, by the loss scale."""
+        gradients, so it is multiplied by their number; with fp16, by the loss scale. The loss may be on the CPU, where
+        reward.py computes it: many small operations are faster there than on a GPU."""
         self.scaler.scale(loss.to(self.runtime.device) * self.runtime.world_size).backward()
 
     def step(self, lr, max_norm=1.0):

@@ -57,18 +57,22 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activat
         "reward": 4 * scalar / part,
         "moving average": 4 * whole / part,
         "gradients": 4 * max(whole, scalar) / part,  # of one model at a time
+        "averaging": 0 if shard or gpus == 1 else 4 * (whole + scalar),  # where processes average them (DDP's buckets)
         "optimizer": 8 * (whole + scalar) / part,
-        # What is computed with: in 16 bits a copy of the blocks; sharded, one block (the next is on its way) and, in float32,
-        # the ends; and their gradients.
-        "working copies": 2 * block * (width + 4) + (whole - blocks) * 2 * 4 if shard else 2 * blocks * width * (width < 4),
+        # What is computed with: in 16 bits two copies of the blocks, for training and for sampling, and as many of the
+        # unembedding, in float32; sharded, one block (the next is on its way), the ends in float32, and their gradients.
+        "working copies": (2 * block * (width + 4) + (whole - blocks) * 2 * 4 if shard else
+                           2 * blocks * width * (width < 4) + 2 * 4 * config.vocab_size * config.width),
         "activations": activations(config, micro_batch * T, width, activation_checkpointing) + logits * 3,
     }
-    # Keys and values of every episode: where the recorded steps work, which is kept; and, while prompts are read, once more,
-    # with the stream and the hidden layer of an MLP before and after its nonlinearity (9 numbers per unit of width and
-    # token). Sharded, no step is recorded, and half of the rows are held twice when finished ones are dropped.
-    keys_values = 2 * config.layers * config.width * rows * T * width
-    sizes["KV cache"] = 0 if shard else keys_values
-    sizes["reading prompts"] = keys_values * (1.5 if shard else 1) + 9 * config.width * rows * T * width
+    # Keys and values where the recorded steps of sampling work, which are kept: rows and slots are rounded up (decoding.py).
+    # Sharded, no step is recorded.
+    per_slot = 2 * config.layers * config.width * width
+    rounded = max(8, 1 << (rows - 1).bit_length()) * (-(-T // 64) * 64)
+    sizes["KV cache"] = 0 if shard else per_slot * rounded
+    # While prompts are read: their keys and values (sharded, half of them twice when finished rows are dropped), and the stream
+    # and the hidden layer of an MLP before and after its nonlinearity, 9 numbers per unit of width and token.
+    sizes["reading prompts"] = (per_slot * (1.5 if shard else 1) + 9 * config.width * width) * rows * T
     sizes["at most"] = sum(sizes.values()) - min(sizes["activations"], sizes["reading prompts"])  # never at once
     return sizes
 

@@ -15,21 +15,22 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from common import layers, onednn
 from common.config import UserError
-from common.decoding import Decoder
+from common.decoding import RecordedSteps
 from common.devices import PRECISIONS, choose_device, choose_dtype, start_process_group
 from model import GPT
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How a stage is run: this changes its speed and memory, and its results by rounding only."""
+    """How a stage is run: this changes its speed and memory, and its results by rounding only (--compile also changes the
+    random numbers of dropout)."""
     device: str = "auto"  # cpu, cuda, cuda:N, or auto: cuda if available
     precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on a GPU, float32 on a CPU
     micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
     compile: bool = False  # torch.compile the blocks
-    logits_memory: float = 0.0  # GiB of logits at once; more are computed in pieces, twice; 0: 1, or 1/20 of a GPU's memory
+    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 1, or 5% of a GPU
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
     resume: bool = True  # resume a stopped run of the same configuration
 
@@ -136,11 +137,11 @@ class Runtime:
         if isinstance(model, GPT):
             model.__class__ = layers.PlacedGPT
             model.max_logits = int((self.config.logits_memory or default_logits_memory(self.device)) * 2**28)  # of 4 bytes
-            model.pad = -model.config.vocab_size % 64 if self.device.type == "cuda" else 0
+            model.padding_rows = -model.config.vocab_size % 64 if self.device.type == "cuda" else 0
         if self.config.compile or self.config.activation_checkpointing:
             for block in model.blocks:
                 block.__class__ = layers.PlacedBlock
-                block.place(self.config.compile, self.config.activation_checkpointing)
+                block.configure(self.config.compile, self.config.activation_checkpointing)
         if not self.config.shard:
             return model.to(self.device)
         mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -164,19 +165,21 @@ class Runtime:
                 yield lambda count: self.all_reduce(count)[0]
                 model.reshard()
             elif self.device.type == "cuda":
-                if not hasattr(model, "recorded"):
-                    model.recorded = Decoder(model, self.dtype, model.pad)
-                model.recorded.update()
-                model.decoder = model.recorded
-                yield None
-                model.decoder = None
+                if model.kept_steps is None:
+                    model.kept_steps = RecordedSteps(model, self.dtype, model.padding_rows)
+                model.kept_steps.update()
+                model.recorded_steps = model.kept_steps
+                try:
+                    yield None
+                finally:
+                    model.recorded_steps = None
             else:
                 with onednn.packed(model):
                     yield None
 
 
 def default_logits_memory(device):
-    """GiB"""
+    """Default of --logits_memory, in GiB."""
     return torch.cuda.get_device_properties(device).total_memory / 20 / 2**30 if device.type == "cuda" else 1.0
 
 

@@ -106,7 +106,7 @@ def rows_of_text(count, length, seed=0):
     return [(row[:1], row[1:]) for row in numbers]
 
 
-def sft_losses(how, pairs, steps=20, kind=None):
+def sft_losses(how, pairs, steps=20):
     """Losses of `steps` updates on the same rows, and the learner."""
     machine = runtime(**how)
     learner = Learner(machine.place(random_model()), 3e-4, machine)
@@ -121,7 +121,7 @@ def float32(folder):
     """1: logits, gradients and greedy tokens in float32, without TensorFloat-32."""
     exact, machine = random_model(dtype=torch.float64, layers=4), runtime("float32")
     model = machine.place(copy.deepcopy(exact).float())
-    (pairs,) = [rows_of_text(2, 65)]
+    pairs = rows_of_text(2, 65)
     sides = []
     for side, device in ((exact, "cpu"), (model, DEVICE)):
         batch = readers.make_batch(pairs, END, device)
@@ -263,7 +263,7 @@ def decoding(folder):
 def training(folder):
     """6: tokens/s of SFT at 1,024 tokens, next to the rate of matrix products."""
     _, rate = rates()
-    per_token = 6 * sum(p.numel() for p in random_model(layers=12).parameters()) + 6 * SHAPE["layers"] * SHAPE["width"] * 1024
+    per_token = 6 * sum(p.numel() for p in random_model().parameters()) + 6 * SHAPE["layers"] * SHAPE["width"] * 1024
     limit, result = rate / per_token, []
     pairs = rows_of_text(16, 1024)
     for name, how, share in (("eager", {}, 0.2), ("compiled", dict(compile=True), 0.35)):
@@ -430,6 +430,8 @@ def main(names):
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
         raise common.config.UserError(f"{unknown[0]}: no such check; there are {', '.join(CHECKS)}")
+    if not torch.cuda.is_available():
+        raise common.config.UserError("PyTorch finds no GPU here")
     properties = torch.cuda.get_device_properties(0)
     bandwidth, rate = rates()
     print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; PyTorch {torch.__version__}; copies {bandwidth / 1e12:.2f} "

@@ -166,6 +166,13 @@ def device_cuda_without_an_index():
         assert str(Runtime(RuntimeConfig(device="cuda")).device) == "cuda:0"
 
 
+def a_twentieth_of_the_memory_is_for_logits():
+    with FakeCuda():  # 80 GiB
+        placed = Runtime(RuntimeConfig(device="cuda")).place(model.GPT(model.GPTConfig(**model.PRESETS["nano"])))
+    assert placed.max_logits == 4 * 2**28 and placed.padding_rows == 47
+    assert Runtime(RuntimeConfig(device="cpu")).place(model.GPT(model.GPTConfig(**model.PRESETS["nano"]))).max_logits == 2**28
+
+
 def sample_on(gpu, lengths, precision="auto", layers=2):
     """Responses of each of these numbers of tokens, to 64 prompts, by a random model, which rarely ends one.
     -> [kernels started, for each length]; gpu.attention counts for all."""

@@ -458,3 +458,27 @@ def test_paper_argument_files_set_the_papers_values_and_leave_the_rest_at_defaul
     defaults = dict(gamma=1.0, lam=0.95, clip=0.2, ema=0.992, temperature=1.0) if stage is ppo else {}
     assert (expected | defaults).items() <= config.items()
     assert all(config[name] == default for name, default in dataclasses.asdict(stage.Config()).items() if name not in expected)
+
+
+FAILING = """
+import atexit, sys
+from common.config import UserError, guard
+atexit.register(print, "the process group is destroyed")
+def work():
+    print("so far", end="")
+    if sys.argv[1] == "2":
+        raise UserError("one line")
+    raise KeyboardInterrupt if sys.argv[1] == "130" else ValueError("a bug")
+guard(work)
+"""
+
+
+@pytest.mark.parametrize("status", [1, 2, 130])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_that_fails_does_not_wait_for_the_others(status, processes):
+    done = subprocess.run([sys.executable, "-c", FAILING, str(status)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"WORLD_SIZE": str(processes)})
+    ended = "" if processes == 2 else "the process group is destroyed\n"
+    assert (done.returncode, done.stdout) == (status, "so far" + ended)
+    assert ("ValueError: a bug" in done.stderr) == (status == 1)
+    assert done.stderr.count("\n") == 1 or status == 1

@@ -45,7 +45,8 @@ REPORT = dict(max_new_tokens=12)
 SIMULATOR = ("mixed_devices_raise", "values_and_gradients_are_real", "waits_are_counted",
              "copies_from_pinned_memory_wait_for_nothing", "devices_differ_in_bf16", "a_device_is_set_by_its_index",
              "float64_can_be_refused", "a_graph_must_not_wait", "attention_kernels_are_those_of_the_device")
-PROJECT = ("precision_on_each_device", "device_cuda_without_an_index", "attention_while_sampling", "kernels_per_token")
+PROJECT = ("precision_on_each_device", "device_cuda_without_an_index", "a_twentieth_of_the_memory_is_for_logits",
+           "attention_while_sampling", "kernels_per_token")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing, which builds the simulated device"),
@@ -207,6 +208,10 @@ def test_auto_is_bf16_where_a_gpu_computes_with_it_and_fp16_elsewhere(results):
 
 def test_the_device_cuda_is_the_gpu_of_this_process(results):
     value(results, "device_cuda_without_an_index")
+
+
+def test_logits_get_a_twentieth_of_the_memory_of_a_gpu(results):
+    value(results, "a_twentieth_of_the_memory_is_for_logits")
 
 
 @pytest.mark.parametrize("device", ["H100", "A100", "T4"])

@@ -40,7 +40,7 @@ from common.runtime import RuntimeConfig, Runtime
 from conftest import cpu, open_run, random_gpt, read_log, ROOT, same, save, weights, write_lines
 from data import batches, collect, readers
 from data.tokenizer import Tokenizer, train_bpe
-from model import ScalarModel
+from model import ScalarModel, generate
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 LONG = {"sft": dict(epochs=8, dropout=0.1), "reward": dict(epochs=6), "ppo": dict(iterations=30)}  # some thirty steps each
@@ -905,18 +905,24 @@ def test_the_loss_scale_goes_on_where_it_was(letters, stop_and_go_on, monkeypatc
     assert_same_run(stopped.out, whole.out)
 
 
-def test_compiled_blocks_compute_the_same(monkeypatch):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_blocks_compute_the_same_and_are_not_used_while_sampling(monkeypatch, checkpointed):
     """Traced in earnest, but run without the compiler, which takes half a minute of a CPU."""
-    compile, compiled = torch.compile, []
+    compile, compiled, calls = torch.compile, [], []
 
     def traced(function, **how):
         compiled.append(function.__qualname__)
-        return compile(function, **how, backend="eager")
+        traced_function = compile(function, **how, backend="eager")
+        return lambda x: calls.append(x.shape) or traced_function(x)
     monkeypatch.setattr(torch, "compile", traced)
-    plain, placed = random_gpt(), Runtime(RuntimeConfig(device="cpu", compile=True)).place(random_gpt())
+    runtime = Runtime(RuntimeConfig(device="cpu", compile=True, activation_checkpointing=checkpointed))
+    plain, placed = random_gpt(), runtime.place(random_gpt())
     for T in (8, 5):
         torch.testing.assert_close(placed(torch.arange(T)[None]), plain(torch.arange(T)[None]))
-    assert compiled == ["Block.forward", "Block.forward"]
+    assert compiled == ["Block.forward", "Block.forward"] and len(calls) == 4
+    with runtime.sampling(placed):
+        assert generate(placed, [[1, 2]], 4, torch.zeros(1, 4)) == generate(plain, [[1, 2]], 4, torch.zeros(1, 4))
+    assert len(calls) == 4
 
 
 # ---------------------------------------------------------------- malformed data, strange text

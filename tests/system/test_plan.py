@@ -1,6 +1,7 @@
 """What training a size takes, against real models and counted bytes."""
 
 import functools
+import re
 import resource
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def test_sharding_divides_weights_gradients_and_optimizer_and_nothing_else():
         assert part[what] == pytest.approx(whole[what] / 8)
     assert part["activations"] == whole["activations"]
     assert part["KV cache"] == 0  # sharded, no step is recorded
+    assert part["averaging"] == 0 and whole["averaging"] == whole["optimizer"] / 2  # DDP keeps a copy of both gradients
     assert part["at most"] < whole["at most"]
 
 
@@ -101,6 +103,11 @@ def test_policy_gradients_and_optimizer_of_one_gpu_by_hand():
     assert sizes["gradients"] == 4 * scalar and sizes["optimizer"] == 8 * (gpt2 + scalar)  # gradients: of one at a time
     assert sizes["KV cache"] == 2 * 12 * 768 * 512 * 1024 * 4
     assert sizes["reading prompts"] == sizes["KV cache"] + 9 * 768 * 512 * 1024 * 4  # once more, and the prompts' MLP
+
+
+def test_rows_and_slots_of_the_kv_cache_are_rounded_up():
+    sizes = [plan.plan(config_of("gpt2"), batch=batch, length=length)["KV cache"] for batch, length in ((512, 64), (300, 50), (9, 1))]
+    assert sizes[0] == sizes[1] == 32 * sizes[2]
 
 
 def test_smaller_micro_batches_shorter_numbers_and_recomputing_need_less():
@@ -138,6 +145,20 @@ def test_the_command_line_prints_every_part_and_whether_it_fits(monkeypatch, cap
     for what in ("policy", "value", "reference", "reward", "gradients", "optimizer", "activations", "KV cache"):
         assert starts.count(what) == 1
     assert "\ndoes not fit 1 GiB" in command(monkeypatch, capsys, "gpt2", "--memory", "1")[1]
+
+
+def test_the_table_of_the_documentation_is_what_the_commands_above_it_print(monkeypatch, capsys):
+    text = (ROOT / "docs/scaling.md").read_text()
+    commands = re.findall(r"^python common/plan.py (gpt.*)$", text, re.MULTILINE)
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\| [\d.]+[MB] \(", line)]
+    assert len(commands) == len(rows) == 5
+    for arguments, row in zip(commands, rows):
+        printed = command(monkeypatch, capsys, *arguments.split())[1]
+        numbers = {line[:16].strip(): float(line[16:]) for line in printed.splitlines() if re.fullmatch(r".{16} +[\d.]+", line)}
+        models = sum(numbers[name] for name in ("policy", "value", "reference", "reward", "moving average"))
+        training = sum(numbers[name] for name in ("gradients", "averaging", "optimizer"))
+        rest = [numbers[name] for name in ("working copies", "activations", "KV cache", "reading prompts", "at most")]
+        assert [float(cell) for cell in row[3:10]] == pytest.approx([models, training, *rest], abs=0.06)
 
 
 @pytest.mark.parametrize("memory", ["nan", "inf"])
