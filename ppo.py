@@ -63,10 +63,10 @@ class Config(RuntimeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "iterations", "batch_size", "minibatch_size", "max_new_tokens", at_least=1)
-        check_range(self, "lr", "value_lr", "beta", "ptx_coef", "truncation_penalty", at_least=0)
-        check_range(self, "clip", "value_clip", "ptx_rows", "save_every", at_least=0, at_most=1e6)
-        check_range(self, "gamma", "lam", at_least=0, at_most=1)
+        check_range(self, "iterations", "batch_size", "minibatch_size", "max_new_tokens", low=1)
+        check_range(self, "lr", "value_lr", "beta", "ptx_coef", "truncation_penalty", low=0)
+        check_range(self, "clip", "value_clip", "ptx_rows", "save_every", low=0, high=1e6)
+        check_range(self, "gamma", "lam", low=0, high=1)
         check(self.temperature > 0, "--temperature is above 0")
         check(0 <= self.ema < 1, "--ema is from 0 to under 1")
         check(self.batch_size % self.minibatch_size == 0, f"--batch_size {self.batch_size} is not "

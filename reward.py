@@ -41,8 +41,8 @@ class Config(RuntimeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "epochs", "batch_size", at_least=1)
-        check_range(self, "lr", at_least=0)
+        check_range(self, "epochs", "batch_size", low=1)
+        check_range(self, "lr", low=0)
 
 
 def ranking_loss(rewards, ranks):

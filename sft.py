@@ -50,8 +50,8 @@ class Config(RuntimeConfig):
         check(self.init != "scratch" or self.pretrain_mix == 1,
               "--init scratch has nothing to fine-tune; it goes with --pretrain_mix 1")
         check(self.context == 0 or self.context > 1, "--context is at least 2, or 0")
-        check_range(self, "epochs", "batch_size", at_least=1)
-        check_range(self, "lr", at_least=0)
+        check_range(self, "epochs", "batch_size", low=1)
+        check_range(self, "lr", low=0)
         check(0 <= self.dropout < 1, "--dropout is from 0 to under 1")
         check(self.pretrain_mix in (0, 1) or 0 < self.pretrain_rows < self.batch_size,
               f"--pretrain_mix {self.pretrain_mix} of --batch_size {self.batch_size} rows is all "

@@ -65,12 +65,12 @@ def check(condition, message):
         raise ValueError(message)
 
 
-def check_range(config, *names, at_least, at_most=None):
-    """ValueError for the first of these settings that is out of the range."""
+def check_range(config, *names, low, high=None):
+    """ValueError for the first of these settings that is below `low` or above `high`."""
     for name in names:
-        limit = "" if at_most is None else f" and at most {at_most:g}"
+        limit = "" if high is None else f" and at most {high:g}"
         value = getattr(config, name)
-        check(at_least <= value and (at_most is None or value <= at_most), f"--{name} is at least {at_least}{limit}")
+        check(low <= value and (high is None or value <= high), f"--{name} is at least {low}{limit}")
 
 
 def launch(main, Config):
