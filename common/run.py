@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
@@ -43,6 +44,7 @@ class Run:
         self.learners = {name: part for name, part in self.parts.items() if isinstance(part, Learner)}
         self.save_interval, self.pause, self.saved_at = save_interval, save_interval, time.monotonic()
         self.inputs = {str(path): files.digest(path) for path in inputs}
+        runtime.check_same({"version of PyTorch": torch.__version__, **self.inputs})
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESUMABLE_CHANGES}
         for path in map(Path, inputs):
             if path.suffix == ".pt" and self.folder.resolve() in path.resolve().parents:

@@ -6,6 +6,7 @@ One process without torchrun is rank 0 of 1. Nothing here knows about RLHF.
 import atexit
 import contextlib
 import os
+import platform
 from dataclasses import dataclass, fields
 
 import torch
@@ -125,6 +126,14 @@ class Runtime:
         result = work() if self.local_rank == 0 else None
         self.barrier()
         return result if self.local_rank == 0 else work()
+
+    def check_same(self, facts):
+        """UserError if {name: value} differs between the ranks, for example because one machine has other files."""
+        (first_machine, first), *others = self.all_gather([(platform.node(), facts)])
+        for machine, theirs in others:
+            for name in first:
+                if theirs.get(name) != first[name]:
+                    raise UserError(f"{machine} has another {name} than {first_machine}; all processes need the same")
 
     def barrier(self):
         if self.world_size > 1:

@@ -460,6 +460,14 @@ def test_paper_argument_files_set_the_papers_values_and_leave_the_rest_at_defaul
     assert all(config[name] == default for name, default in dataclasses.asdict(stage.Config()).items() if name not in expected)
 
 
+def test_a_machine_with_other_files_or_versions_is_named(monkeypatch):
+    runtime, facts = cpu(), {"version of PyTorch": "2.13.0", "data/prompts.train.jsonl": "digest"}
+    runtime.check_same(facts)
+    for name in facts:
+        monkeypatch.setattr(runtime, "all_gather", lambda mine: [*mine, ("node1", facts), ("node2", facts | {name: "other"})])
+        with pytest.raises(UserError, match=f"^node2 has another {name} than "):
+            runtime.check_same(facts)
+
 FAILING = """
 import atexit, sys
 from common.config import UserError, guard
