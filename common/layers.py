@@ -9,6 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from model import GPT, Block
 
 
+LARGE = 2**24  # logits, from which on computing those of padding costs more than leaving them out
+
+
 class PlacedGPT(GPT):
     """A GPT that computes log-probabilities for at most `max_logits` logits at a time. If there are more, they are recomputed
     in the backward pass instead of kept.
@@ -16,8 +19,20 @@ class PlacedGPT(GPT):
     On a GPU the unembedding gets `padding_rows` rows of zeros, so that it has a multiple of 64 rows: the product with GPT-2's
     50,257 takes three times as long. Within Runtime.sampling, a GPU decodes by `recorded_steps`."""
 
-    max_logits, padding_rows = 2**28, 0
+    max_logits, padding_rows = 2**27, 0
     kept_steps = recorded_steps = None  # a RecordedSteps, once there is one; the same, but only within Runtime.sampling
+
+    def forward(self, tokens, positions=None, temperature=1.0):
+        """As GPT's. With a large vocabulary on a CPU, positions that only pad a row are left out: their log-probability is 0.
+        Positions rise along a row, so a 0 after the first column is padding (readers.make_batch)."""
+        if positions is None or tokens.device.type != "cpu" or positions.numel() * self.config.vocab_size < LARGE:
+            return super().forward(tokens, positions, temperature)
+        exists = positions > 0
+        exists[:, 0] = True
+        rows = exists.nonzero()[:, 0]  # (N,)
+        positions = positions[exists]  # (N,)
+        logprobs = self.logprobs(self.hidden(tokens)[rows, positions], tokens[rows, positions + 1], temperature)
+        return torch.zeros(exists.shape, dtype=logprobs.dtype).masked_scatter(exists, logprobs)
 
     def logprobs(self, hidden, targets, temperature=1.0):
         rows_at_once = max(1, self.max_logits // self.config.vocab_size)

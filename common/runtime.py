@@ -31,7 +31,7 @@ class RuntimeConfig:
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
     compile: bool = False  # torch.compile the blocks
-    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 1, or 5% of a GPU
+    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 0.5, or 5% of a GPU
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
     resume: bool = True  # resume a stopped run of the same configuration
 
@@ -189,7 +189,7 @@ class Runtime:
 
 def default_logits_memory(device):
     """Default of --logits_memory, in GiB."""
-    return torch.cuda.get_device_properties(device).total_memory / 20 / 2**30 if device.type == "cuda" else 1.0
+    return torch.cuda.get_device_properties(device).total_memory / 20 / 2**30 if device.type == "cuda" else 0.5
 
 
 def local_sum(*numbers):

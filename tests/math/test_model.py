@@ -10,7 +10,8 @@ import torch
 
 import model as model_module
 from conftest import cpu, random_gpt
-from common import onednn
+from common import layers, onednn
+from data import readers
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate, sample_tokens
 
 END = 8
@@ -119,6 +120,22 @@ def test_logprobs_at_positions_are_those_of_the_tokens_that_follow(at_once, plac
     torch.testing.assert_close(logprobs, expected)
     logprobs.dot(torch.tensor([1.0, 2.0, 3.0]).double()).backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
+
+
+def test_with_a_large_vocabulary_padding_has_no_logits_and_a_logprob_of_0(monkeypatch):
+    """Prompts of one and of three tokens, responses of four and two: the first row begins at position 0, the second is padded."""
+    batch = readers.make_batch([([1], [2, 3, 4, END]), ([5, 6, 7], [0, END])], END)
+    results, rows = [], []
+    for large in (layers.LARGE, 1):
+        monkeypatch.setattr(layers, "LARGE", large)
+        model = cpu().place(random_gpt(dtype=torch.float64))
+        unembed = model.unembed
+        monkeypatch.setattr(model, "unembed", lambda hidden: rows.append(len(hidden)) or unembed(hidden))
+        logprobs = model(batch.tokens, batch.positions, 0.7)
+        torch.where(batch.mask, logprobs, 0.0).mul(torch.arange(8).view(2, 4)).sum().backward()
+        results.append((logprobs[batch.mask].detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+    assert rows == [8, 6] and logprobs[1, 2:].tolist() == [0, 0]
 
 
 def test_there_are_never_more_logits_than_allowed(monkeypatch):
