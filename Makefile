@@ -1,7 +1,7 @@
 # Figure 2 of the paper as targets: each stage depends on the checkpoint that it starts from.
 # `make` trains everything on the built-in world and writes out/report.md; `make paper` goes on with the paper's experiments;
-# `make test` runs the tests, `make lint` checks the style; `make bench` measures speed and memory beside others; `make gpu` checks a GPU. Each sets
-# up .venv first.
+# `make test` runs the tests, `make lint` checks the style; `make bench` measures speed and memory beside others; `make gpu`
+# checks a GPU. Each sets up .venv first.
 # PYTHON=python3.12 make ... chooses another Python (3.11 or newer).
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ reward: $(OUT)/reward/model.pt
 ppo: $(OUT)/ppo/model.pt $(OUT)/ppo_noptx/model.pt
 
 # Threads that wait for each other spin for 0.1 ms, then sleep. By default they spin for milliseconds, and next to one other
-# busy process a run would become four times as slow (docs/speed.md).
+# busy process training would become three times as slow (docs/speed.md).
 export GOMP_SPINCOUNT ?= 3000
 
 # A stage is made again only if what it starts from is newer. Editing code does not throw away what was trained with

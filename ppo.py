@@ -214,8 +214,8 @@ def estimate_advantages(rollouts, config, runtime):
     for rollout in rollouts:
         rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, rollout.mask,
                                                   config.gamma, config.lam)
-    advantages = torch.cat([rollout.advantages.flatten() for rollout in rollouts])
-    mask = torch.cat([rollout.mask.flatten() for rollout in rollouts])
+    advantages = torch.cat([rollout.advantages.flatten() for rollout in rollouts])  # (N,)
+    mask = torch.cat([rollout.mask.flatten() for rollout in rollouts])  # (N,), padding included
     whitened = whiten(advantages, mask, runtime.all_reduce)
     for rollout, part in zip(rollouts, whitened.split([r.mask.numel() for r in rollouts])):
         rollout.advantages = part.view_as(rollout.mask)

@@ -78,7 +78,8 @@ def start_model(sft, config):
 
 
 def train_step(learner, comparisons, lr, end_of_text):
-    """One update on the global batch of comparisons. Returns the numbers to log."""
+    """One update on the global batch of comparisons. Returns the numbers to log. The loss
+    is computed on the CPU: many operations on few numbers are slow on a GPU."""
     runtime = learner.runtime
     mine = comparisons[runtime.local_rows(len(comparisons))]
     (prompts,) = runtime.all_reduce(sum(has_pairs(ranks) for _, ranks, _ in mine))
@@ -86,7 +87,7 @@ def train_step(learner, comparisons, lr, end_of_text):
     for part in learner.accumulate(runtime.micro_batches(mine, len(comparisons), longest)):
         examples = [example for examples, _, _ in part for example in examples]
         scores = readers.last_scores(learner, examples, end_of_text, runtime.device)  # (B,)
-        by_prompt = scores.cpu().split([len(examples) for examples, _, _ in part])  # P times (K,)
+        by_prompt = scores.cpu().split([len(examples) for examples, _, _ in part])  # P of (K,)
         loss = 0.0
         for rewards, (_, ranks, _) in zip(by_prompt, part):
             prompt_loss, n, n_right = ranking_loss(rewards, ranks)
@@ -167,7 +168,6 @@ def main(config):
             run.print(f"epoch {epoch + 1}: validation loss {loss:.4f}")
         run.log(step, **numbers)
         run.checkpoint(step + 1)
-
     bias = demonstration_score(model, demonstrations, end_of_text, runtime)
     with torch.no_grad():
         model.head.bias.sub_(bias)  # demonstrations score 0 on average

@@ -70,6 +70,7 @@ class RecordedSteps:
         cache.lengths = graph.lengths[:rows]
 
     def record(self, like, shape):
+        """A new Graph for keys and values of this shape, in memory that all graphs share: one is used at a time."""
         size = torch.Size(shape).numel()
         if self.storage is None or size > self.storage.numel() or self.storage.dtype != like.dtype:
             self.graphs.clear()  # they work in the old storage, which is freed first
@@ -95,8 +96,8 @@ class Graph:
     def append(self, layer, k, v):
         """Store keys and values (B, H, 1, D) in the next slot; return all slots, used or not."""
         keys, values = self.keys_values[layer]  # each (B, H, S, D)
-        keys.index_copy_(2, self.slot, k.to(keys.dtype))
-        values.index_copy_(2, self.slot, v.to(values.dtype))
+        keys.index_copy_(2, self.slot, k)
+        values.index_copy_(2, self.slot, v)
         return keys, values
 
     def run(self, network):

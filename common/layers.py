@@ -8,8 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import GPT, Block
 
-
-LARGE = 2**24  # logits, from which on computing those of padding costs more than leaving them out
+MANY_LOGITS = 2**24  # from this number on, the logits of padding cost more than leaving them out
 
 
 class PlacedGPT(GPT):
@@ -25,7 +24,7 @@ class PlacedGPT(GPT):
     def forward(self, tokens, positions=None, temperature=1.0):
         """As GPT's. With a large vocabulary on a CPU, positions that only pad a row are left out: their log-probability is 0.
         Positions rise along a row, so a 0 after the first column is padding (readers.make_batch)."""
-        if positions is None or tokens.device.type != "cpu" or positions.numel() * self.config.vocab_size < LARGE:
+        if positions is None or tokens.device.type != "cpu" or positions.numel() * self.config.vocab_size < MANY_LOGITS:
             return super().forward(tokens, positions, temperature)
         exists = positions > 0
         exists[:, 0] = True

@@ -7,7 +7,6 @@ Limits of speed follow from the bandwidth and the rate of matrix products that t
 GPT-2's shape (124M parameters) and random weights, and the data is random: nothing is downloaded. Writes out/gpu.json.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -29,16 +28,17 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
+import bench_data
 import common.config
 import common.run
 import ppo
 import sft
+from bench import quiet
 from common import files, layers, plan
 from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
 from data import readers
 from model import GPT, PRESETS, GPTConfig, ScalarModel, generate
-from tests import bench_data
 
 SHAPE = dict(vocab_size=bench_data.VOCABULARY, **PRESETS["gpt2"])
 END = bench_data.VOCABULARY - 1
@@ -78,12 +78,6 @@ def relative(a, b):
 
 def row(what, measured, limit, passed):
     return dict(what=what, measured=measured, limit=limit, passed=bool(passed))
-
-
-@contextlib.contextmanager
-def quiet():
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
 
 
 def steps_of(main, config):

@@ -178,15 +178,15 @@ class Attention(torch.autograd.Function):
     """Attention as one kernel in each direction; the plain formula computes it."""
 
     @staticmethod
-    def forward(ctx, gpu, options, mask, q, k, v):
-        ctx.gpu, ctx.options, ctx.mask = gpu, options, unwrap(mask)
+    def forward(ctx, gpu, is_causal, mask, q, k, v):
+        ctx.gpu, ctx.is_causal, ctx.mask = gpu, is_causal, unwrap(mask)
         ctx.save_for_backward(q, k, v)
         with gpu.paused():
             return gpu.wrap(Attention.formula(ctx, unwrap((q, k, v))).detach())
 
     @staticmethod
     def formula(ctx, inner):
-        y = aten._scaled_dot_product_attention_math(*inner, ctx.mask, 0.0, **ctx.options)[0]
+        y = aten._scaled_dot_product_attention_math(*inner, ctx.mask, is_causal=ctx.is_causal)[0]
         return y.transpose(1, 2).contiguous().transpose(1, 2)  # in the order that the fused kernels write
 
     @staticmethod
@@ -362,7 +362,7 @@ class FakeCuda:
         if func is aten.copy_.default and not isinstance(args[0], CudaTensor):
             return args[0]
         if func._schema.is_mutable and any(t.shape != t.inner.shape for t in mine):
-            raise NotImplementedError(f"{func} changed a shape")
+            raise RuntimeError(f"the simulated device does not follow {func}, which changed a shape")
         return self.wrap_results(result, {id(t.inner): t for t in mine})
 
     def wrap_results(self, result, known):
@@ -386,7 +386,7 @@ class FakeCuda:
 
     # ---- attention
 
-    def run_attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def run_attention(self, q, k, v, attn_mask=None, is_causal=False):
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -398,15 +398,12 @@ class FakeCuda:
             raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {q.dtype} {k.dtype} {v.dtype}")
         if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype):
             raise RuntimeError(f"Expected attn_mask dtype to be bool or to match query dtype, but got {attn_mask.dtype} and {q.dtype}")
-        if dropout_p:
-            raise NotImplementedError("dropout of attention weights")
         kernel, place = self.attention_kernel(q, k, v, attn_mask), self.place()
         self.attention[place, "causal" if attn_mask is None else "masked", kernel] += 1
         self.kernels[place] += 1
         if attn_mask is not None and kernel == "efficient" and any(stride % 8 for stride in attn_mask.stride()[:-1]):
             self.kernels[f"{place} (pads the mask)"] += 1
-        options = dict(is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-        return Attention.apply(self, options, attn_mask, q, k, v)
+        return Attention.apply(self, is_causal, attn_mask, q, k, v)
 
     def attention_kernel(self, q, k, v, mask):
         """PyTorch's choice among the kernels, with cuDNN 9.16."""

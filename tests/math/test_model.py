@@ -126,8 +126,8 @@ def test_with_a_large_vocabulary_padding_has_no_logits_and_a_logprob_of_0(monkey
     """Prompts of one and of three tokens, responses of four and two: the first row begins at position 0, the second is padded."""
     batch = readers.make_batch([([1], [2, 3, 4, END]), ([5, 6, 7], [0, END])], END)
     results, rows = [], []
-    for large in (layers.LARGE, 1):
-        monkeypatch.setattr(layers, "LARGE", large)
+    for many in (layers.MANY_LOGITS, 1):
+        monkeypatch.setattr(layers, "MANY_LOGITS", many)
         model = cpu().place(random_gpt(dtype=torch.float64))
         unembed = model.unembed
         monkeypatch.setattr(model, "unembed", lambda hidden: rows.append(len(hidden)) or unembed(hidden))

@@ -23,6 +23,7 @@ import common.seeds
 import ppo
 import reward
 import sft
+from common import devices
 from common.config import UserError
 from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
@@ -467,6 +468,41 @@ def test_a_machine_with_other_files_or_versions_is_named(monkeypatch):
         monkeypatch.setattr(runtime, "all_gather", lambda mine: [*mine, ("node1", facts), ("node2", facts | {name: "other"})])
         with pytest.raises(UserError, match=f"^node2 has another {name} than "):
             runtime.check_same(facts)
+
+def test_a_run_is_refused_if_another_machine_has_other_inputs(monkeypatch, tmp_path):
+    """All processes compare what they start from before anything is written."""
+    (tmp_path / "data").write_text("one")
+    config, runtime = Config(out=str(tmp_path / "out")), cpu()
+    common.run.Run(config, runtime, SimpleNamespace(fingerprint="f"), [tmp_path / "data"])
+    other = ("node2", {"version of PyTorch": torch.__version__, str(tmp_path / "data"): "other"})
+    monkeypatch.setattr(runtime, "all_gather", lambda mine: [*mine, other])
+    with pytest.raises(UserError, match="^node2 has another .*data than "):
+        common.run.Run(config, runtime, SimpleNamespace(fingerprint="f"), [tmp_path / "data"])
+
+
+def test_processes_on_gpus_wait_for_hours_and_sum_numbers_of_the_cpu_by_gloo(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(devices.dist, "rendezvous", lambda url: iter([("store", 1, 2)]))
+    monkeypatch.setattr(devices.dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(devices.dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
+    monkeypatch.setattr(devices.atexit, "register", lambda work: None)
+    devices.start_process_group(2, torch.device("cuda:1"))
+    assert asked["backend"] == "cpu:gloo,cuda:nccl" and asked["device_id"] == torch.device("cuda:1")
+    assert asked["timeout"].total_seconds() >= 3600 and (asked["rank"], asked["world_size"]) == (1, 2)
+    devices.start_process_group(2, torch.device("cpu"))
+    assert asked["backend"] == "gloo" and asked["device_id"] is None
+
+
+@pytest.mark.parametrize("precision, rounded", [("float32", False), ("bf16", True), ("fp16", True)])
+def test_float32_products_on_a_gpu_are_rounded_with_16_bits_only(precision, rounded):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = not rounded
+        devices.choose_dtype(precision, torch.device("cuda:0"))
+        assert torch.backends.cuda.matmul.allow_tf32 == rounded
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
 
 FAILING = """
 import atexit, sys
