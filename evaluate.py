@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from common import download
+from common.checkpoints import load_model
 from common.config import check, launch
 from common.files import write_atomically
-from common.run import load_model
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
 from data import pairs, readers
@@ -133,20 +133,20 @@ def load_policy(entry, config, tokenizer, runtime, world):
         if runtime.is_main:
             print(f"{path} is not there: {entry.name} is left out")
         return None
-    return runtime.place(load_model(GPT, path, tables.made_by(entry.run), tokenizer)).eval()
+    return load_model(GPT, path, tables.made_by(entry.run), tokenizer, runtime).eval()
 
 
 def load_reward_models(config, tokenizer, runtime):
     """{"reward model": the one that trained the policies}, and "judge", if any: another one."""
     def load(path, made_by):
-        return runtime.place(load_model(ScalarModel, path, made_by, tokenizer)).eval()
+        return load_model(ScalarModel, path, made_by, tokenizer, runtime).eval()
 
     path = f"{config.out}/reward/model.pt"
     reward_models = {"reward model": load(path, "make reward")}
     if config.judge:
         reward_models["judge"] = load(config.judge, "reward.py")
         policies = [f"{config.out}/{entry.run}/model.pt" for entry in MODELS if entry.ppo_log]
-        check_heads(config.judge, path, [policy for policy in policies if Path(policy).is_file()])
+        check_heads(config.judge, path, [policy for policy in policies if Path(policy).exists()], runtime)
     return reward_models
 
 
@@ -277,7 +277,7 @@ def sft_epochs(reward_model, records, config, tokenizer, runtime):
     for line in tables.read_log(config.out, "sft"):
         if "epoch" in line:
             path, name = f"{config.out}/sft/epoch{line['epoch']}.pt", f"SFT epoch {line['epoch']}"
-            model = runtime.place(load_model(GPT, path, "make sft", tokenizer)).eval()
+            model = load_model(GPT, path, "make sft", tokenizer, runtime).eval()
             texts = sample_responses({name: model}, records, "valid", config, tokenizer, runtime)[name]
             with runtime.autocast():
                 scores = score_responses(reward_model, records, texts, tokenizer, runtime.device)

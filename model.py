@@ -161,6 +161,10 @@ class GPT(Trunk):
         logits = self.unembed(hidden.flatten(0, -2) / temperature)  # (N, V)
         return -F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
+    def unfinished(self, rows):
+        """Number of unfinished rows here -> of all ranks, if they share the weights (PlacedGPT)."""
+        return rows
+
     def decode(self, tokens, cache):
         """tokens (B,), the next token of each row of the cache -> its hidden state (B, C)."""
         hidden = self.hidden(tokens[:, None], cache)[:, 0]
@@ -262,11 +266,10 @@ def sample_tokens(logits, uniforms, temperature):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, count_unfinished=None):
+def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0):
     """Sample a response to each prompt, with a KV cache.
 
     prompts: B lists of token ids. uniforms: (B, max_new_tokens) in [0, 1), decide every choice.
-    count_unfinished: callback if ranks share weights: local number of unfinished rows -> global.
     Returns B lists of token ids, each ended by the end of text or cut after max_new_tokens.
     ValueError if a prompt is empty or leaves no room in the context."""
     lengths = [len(prompt) for prompt in prompts]
@@ -288,7 +291,7 @@ def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0, count_un
         running = running & (tokens != model.config.end_of_text)
         if (t + 1) % CHECK_EVERY[hidden.device.type] == 0:
             left = int(running.sum())
-            if (count_unfinished(left) if count_unfinished else left) == 0:
+            if model.unfinished(left) == 0:
                 break
             if 0 < left <= len(rows) // 2:  # drop the finished rows
                 kept = running.nonzero().squeeze(1)

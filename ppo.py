@@ -19,15 +19,15 @@ Shapes: B episodes, T tokens of prompt and response, R tokens of the longest res
 (B, R) hold response tokens from column 0, with a mask of those that exist.
 """
 
-import copy
 import time
 from dataclasses import dataclass
 
 import torch
 
+from common.checkpoints import load_model
 from common.config import check, check_range, launch
 from common.learner import Learner, warmup_constant
-from common.run import Run, load_model
+from common.run import Run
 from common.runtime import Runtime, RuntimeConfig, local_sum
 from data import readers
 from data.batches import PPOData
@@ -181,9 +181,9 @@ def make_rollout(pairs, end_of_text, device):
 def generate_rollouts(policy, prompts, uniforms, config, end_of_text):
     """Sample a response to each prompt of each minibatch -> minibatches: lists of micro-batches."""
     runtime, minibatches = policy.runtime, []
-    with runtime.sampling(policy.model) as count_unfinished:
-        responses = iter(generate(policy.model, sum(prompts, []), config.max_new_tokens,
-                                  torch.cat(uniforms), config.temperature, count_unfinished))
+    with runtime.sampling(policy.model) as model:
+        responses = iter(generate(model, sum(prompts, []), config.max_new_tokens,
+                                  torch.cat(uniforms), config.temperature))
     for minibatch in prompts:
         pairs = [(prompt, next(responses)) for prompt in minibatch]
         parts = runtime.micro_batches(pairs, config.minibatch_size, readers.length)
@@ -271,14 +271,15 @@ def update_ema(ema, model, decay):
 
 def load_models(config, tokenizer, runtime):
     """-> policy (a Learner), ref_policy, ema, reward_model, value_model (a Learner)."""
-    policy = load_model(GPT, config.policy, "make sft", tokenizer, dropout=0.0)
-    reward_model = load_model(ScalarModel, config.reward, "make reward", tokenizer, dropout=0.0)
-    ref_policy, ema = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    value_model = copy.deepcopy(reward_model)
-    reward_model.requires_grad_(False)
-    frozen = [runtime.place(model) for model in (ref_policy, ema, reward_model)]
-    return (Learner(runtime.place(policy), config.lr, runtime), *frozen,
-            Learner(runtime.place(value_model), config.value_lr, runtime))
+    def load(kind, path, made_by):
+        return load_model(kind, path, made_by, tokenizer, runtime, dropout=0.0)
+
+    policy, ref_policy, ema = (load(GPT, config.policy, "make sft") for _ in range(3))
+    reward_model, value_model = (load(ScalarModel, config.reward, "make reward") for _ in range(2))
+    for model in (ref_policy, ema, reward_model):
+        model.requires_grad_(False)
+    return (Learner(policy, config.lr, runtime), ref_policy, ema, reward_model,
+            Learner(value_model, config.value_lr, runtime))
 
 
 def main(config):

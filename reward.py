@@ -18,15 +18,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from common.checkpoints import load_model
 from common.config import check_range, launch
 from common.files import digest
 from common.learner import Learner, cosine
-from common.run import Run, load_model
+from common.run import Run
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import seed_torch
 from data import batches, readers
 from data.tokenizer import Tokenizer
-from model import GPT, ScalarModel
+from model import ScalarModel
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,16 @@ def has_pairs(ranks):
     return bool((ranks != ranks[0]).any())
 
 
-def start_model(sft, config):
+def start_model(config, tokenizer, runtime):
     """The SFT model with a new random head, and the seed of that head.
 
     The seed depends on the comparisons, because evaluate.py's judge is trained on other comparisons
     from the same SFT model. If both had the same initial head, the judge would reward whatever the
     policy had learned about it."""
-    comparisons = digest(f"{config.data}/comparisons.train.jsonl")
+    comparisons = digest(f"{config.data}/comparisons.train.jsonl", "make comparisons")
     head_seed = seed_torch(config.seed, f"reward head for {comparisons}")
-    model = ScalarModel(sft.config)
-    model.load_state_dict(sft.state_dict(), strict=False)  # all but the head
+    model = load_model(ScalarModel, config.init, "make sft", tokenizer, runtime, new_head=True,
+                       dropout=0.0)
     return model, head_seed
 
 
@@ -139,16 +140,15 @@ def main(config):
     runtime.check_batch_size(config.batch_size, "batch_size")
     tokenizer = Tokenizer.load(config.data)
     end_of_text = tokenizer.end_of_text
-    sft = load_model(GPT, config.init, "make sft", tokenizer, dropout=0.0)
-    context = sft.config.context
+    model, head_seed = start_model(config, tokenizer, runtime)
+    context = model.config.context
     train = batches.load_comparisons(config.data, "train", tokenizer, context)
     valid = batches.load_comparisons(config.data, "valid", tokenizer, context)
     demonstrations_file = f"{config.data}/demonstrations.train.jsonl"
     demonstrations = batches.demonstrations_that_fit(demonstrations_file, tokenizer, context)
     seen = {labeler for _, _, labeler in train}
     steps_per_epoch = batches.steps_per_epoch(train, config)
-    model, head_seed = start_model(sft, config)
-    learner = Learner(runtime.place(model), config.lr, runtime)
+    learner = Learner(model, config.lr, runtime)
     inputs = [config.init, demonstrations_file, f"{config.data}/comparisons.train.jsonl"]
     run = Run(config, runtime, tokenizer, inputs, {"model": learner})
     run.print(f"{config.epochs} epochs x {steps_per_epoch} steps x {config.batch_size} prompts; "

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import checkpoint_of, load_checkpoint, load_model
 from common.config import UserError, check, launch
-from common.run import checkpoint_of, load_checkpoint, load_model
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
 from data import dataset, readers
@@ -46,13 +46,13 @@ class Config:
         check(all(self.models.split(",")), "--models has an empty name")
 
 
-def related(given, first, name, sibling):
+def related(given, first, name, sibling, runtime):
     """The model that goes with the first one: `given`, or what its run says under `name`, or the folder next to it."""
     if given:
         return given
     path = Path(checkpoint_of(first))
-    recorded = load_checkpoint(path, "make ppo")["config"].get(name, "") if path.suffix == ".pt" else ""
-    return recorded if Path(recorded).is_file() else str(Path(first).parent / sibling)
+    recorded = load_checkpoint(path, "make ppo", runtime)["config"].get(name, "") if path.suffix == ".pt" else ""
+    return recorded if recorded and Path(recorded).exists() else str(Path(first).parent / sibling)
 
 
 def questions(config):
@@ -67,7 +67,7 @@ def questions(config):
 def sample_answers(model, prompt, question, config, runtime):
     """-> config.n responses to the prompt, as lists of token ids. `question` counts the questions so far."""
     uniforms = torch.rand(config.n, config.max_new_tokens, generator=generator(config.seed, "sample", question))
-    with runtime.sampling(model):
+    with runtime.sampling(model) as model:
         return generate(model, [prompt] * config.n, config.max_new_tokens, uniforms, config.temperature)
 
 
@@ -99,8 +99,8 @@ def token_table(policy, ref_policy, reward_model, value_model, settings, prompt,
 def show_tokens(config, policy, reward_model, prompt, response, tokenizer, runtime, load):
     """Print the table of one response; with --html, also write the page."""
     folder, end = Path(config.models.split(",")[0]), tokenizer.end_of_text
-    settings = load_checkpoint(folder / "model.pt", "make ppo")["config"]
-    ref_policy = load(GPT, related(config.reference, folder, "policy", "sft"))
+    settings = load_checkpoint(folder / "model.pt", "make ppo", runtime)["config"]
+    ref_policy = load(GPT, related(config.reference, folder, "policy", "sft", runtime))
     value_model = load(ScalarModel, folder / "value.pt")
     table = token_table(policy, ref_policy, reward_model, value_model, settings, prompt, response, end, runtime)
     texts = ["<end>" if token == end else tokenizer.decode([token]) for token in response]
@@ -113,19 +113,19 @@ def show_tokens(config, policy, reward_model, prompt, response, tokenizer, runti
 def main(config):
     runtime = Runtime(RuntimeConfig(device=config.device))
     paths = config.models.split(",")
-    data = config.data or load_checkpoint(checkpoint_of(paths[0]), "make ppo")["data"]
+    data = config.data or load_checkpoint(checkpoint_of(paths[0]), "make ppo", runtime)["data"]
     tokenizer = Tokenizer.load(data)
 
     def load(kind, path):
-        return runtime.place(load_model(kind, checkpoint_of(path), "make", tokenizer, dropout=0.0)).eval()
+        return load_model(kind, checkpoint_of(path), "make", tokenizer, runtime, dropout=0.0).eval()
 
     models = {path: load(GPT, path) for path in paths}
     show = config.tokens or config.html
-    if show and not (Path(paths[0]) / "value.pt").is_file():
+    if show and not (Path(paths[0]) / "value.pt").exists():
         raise UserError(f"{paths[0]}/value.pt is missing: --tokens takes the folder of a ppo.py run, "
                         "which leaves its value function")
-    reward = related(config.reward, paths[0], "reward", "reward")
-    reward_model = load(ScalarModel, reward) if show or Path(checkpoint_of(reward)).is_file() else None
+    reward = related(config.reward, paths[0], "reward", "reward", runtime)
+    reward_model = load(ScalarModel, reward) if show or Path(checkpoint_of(reward)).exists() else None
     context = min(model.config.context for model in models.values())
     for question, text in enumerate(questions(config)):
         prompt = tokenizer.encode(dataset.as_prompt(text, data))

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from common import download, gpt2
+from common import download
+from common.checkpoints import load_model
 from common.config import check, check_range, launch
 from common.learner import Learner, cosine
-from common.run import Run, load_model
+from common.run import Run
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator, seed_torch
 from data import readers
@@ -74,16 +75,15 @@ def masked_loss(logprobs, mask):
     return -torch.where(mask, logprobs, 0.0).sum()
 
 
-def start_model(config, init, tokenizer):
+def start_model(config, init, tokenizer, runtime):
     seed_torch(config.seed, f"{config.stage}: initialisation")
-    if config.init == "scratch":
-        shape = GPTConfig(tokenizer.vocab_size, dropout=config.dropout, **PRESETS[config.size])
-        model = GPT(shape)
-    else:
-        model = load_model(GPT, init, "make base", tokenizer, dropout=config.dropout)
+    if config.init != "scratch":
+        return load_model(GPT, init, "make base", tokenizer, runtime, context=config.context,
+                          dropout=config.dropout)
+    shape = dict(PRESETS[config.size])
     if config.context:
-        gpt2.resize_context(model, config.context)
-    return model
+        shape["context"] = config.context
+    return runtime.new_model(GPT, GPTConfig(tokenizer.vocab_size, dropout=config.dropout, **shape))
 
 
 def train_step(learner, pairs, step, lr, config, end_of_text):
@@ -127,8 +127,8 @@ def sample_text(model, pairs, epoch, config, tokenizer, runtime):
     prompts = [prompt[: model.config.context - length] for prompt, _ in pairs[:4]]
     numbers = generator(config.seed, f"{config.stage}: samples", epoch)
     uniforms = torch.rand(4, length, generator=numbers)[: len(prompts)]
-    with runtime.sampling(model) as count_unfinished:
-        responses = generate(model, prompts, length, uniforms, count_unfinished=count_unfinished)
+    with runtime.sampling(model) as model:
+        responses = generate(model, prompts, length, uniforms)
     return [f"{tokenizer.decode(prompt)}|{tokenizer.decode(response)}"
             for prompt, response in zip(prompts, responses)]
 
@@ -138,7 +138,7 @@ def main(config):
     runtime.check_batch_size(config.batch_size, "batch_size")
     tokenizer = Tokenizer.load(config.data)
     init = runtime.once_per_machine(lambda: download.weights(config.init, tokenizer))
-    model = runtime.place(start_model(config, init, tokenizer))
+    model = start_model(config, init, tokenizer, runtime)
     data = SFTData(config, tokenizer, model.config.context)
     steps = config.epochs * data.steps_per_epoch
     learner = Learner(model, config.lr, runtime)

@@ -26,7 +26,7 @@ class RecordedSteps:
         weights = dict(model.state_dict())
         self.copies = {}  # name: copy
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and dtype != torch.float32:
+            if isinstance(module, nn.Linear) and dtype not in (torch.float32, module.weight.dtype):
                 for kind in ("weight", "bias"):
                     self.copies[f"{name}.{kind}"] = torch.empty_like(weights[f"{name}.{kind}"], dtype=dtype)
         self.network.load_state_dict(weights | self.copies, assign=True)

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -46,29 +47,66 @@ def load(path):
     """Read what `save` wrote, twice, so that it is never in memory twice: once for the checksum, once for the values.
     ValueError if any bit differs, or if it contains more than plain values and tensors."""
     with open(path, "rb") as file:  # opened once: the path may be replaced meanwhile
-        checksum, last = hashlib.sha256(), b""
-        for block in iter(lambda: file.read(2**20), b""):
-            last += block
-            checksum.update(last[: -len(SEAL) - 64])
-            last = last[-len(SEAL) - 64 :]
-        if last != SEAL + checksum.hexdigest().encode():
+        if not is_intact(file):
             raise ValueError("cut short, damaged or not of this project")
         file.seek(0)
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)  # no code in it is run
-        except Exception as error:  # torch raises a dozen kinds here
-            raise ValueError("more than plain values and tensors") from error
+        return unpack(file)
 
 
-def digest(path):
-    """A fingerprint of a file's contents, or of all files of a folder."""
-    if Path(path).is_dir():
-        return hashlib.sha256("".join(digest(p) for p in sorted(Path(path).iterdir()) if p.is_file()).encode()).hexdigest()
+def load_mapped(path):
+    """As `load`, without the checksum, and tensors are read from the file when they are used."""
+    return unpack(os.fspath(path), mmap=True)
+
+
+def unpack(file, mmap=False):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)  # no code in it is run
+    except Exception as error:  # torch raises a dozen kinds here
+        raise ValueError("more than plain values and tensors") from error
+
+
+def is_intact(file):
+    """Whether an open file, or the file at a path, ends with the checksum of its contents."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as opened:
+            return is_intact(opened)
+    checksum, last = hashlib.sha256(), b""
+    for block in iter(lambda: file.read(2**20), b""):
+        last += block
+        checksum.update(last[: -len(SEAL) - 64])
+        last = last[-len(SEAL) - 64 :]
+    return last == SEAL + checksum.hexdigest().encode()
+
+
+def remove(path):
+    """Remove a file or a folder, if it exists."""
+    path = Path(path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace(source, target):
+    """Rename a file or a folder. What was at `target` is removed before."""
+    if Path(source).is_dir() or Path(target).is_dir():
+        remove(target)
+    os.replace(source, target)
+
+
+def digest(path, made_by=None):
+    """A fingerprint of a file's contents, or of all files of a folder. A checkpoint folder has those of its files in state.pt.
+    UserError if it is missing; `made_by` is the command that makes it."""
+    path = Path(path)
+    if (path / "state.pt").is_file():
+        path = path / "state.pt"
+    if path.is_dir():
+        return hashlib.sha256("".join(digest(p) for p in sorted(path.iterdir()) if p.is_file()).encode()).hexdigest()
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing" + (f"; in the default run `{made_by}` makes it" if made_by else "")) from None
 
 
 LOCKS = {}  # folder -> open file, which holds the lock until it is closed or the process ends

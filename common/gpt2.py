@@ -1,11 +1,9 @@
 """GPT-2's weights in and out, in the layout of transformers: config.json with model.safetensors or pytorch_model.bin."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common.config import UserError
 from common.files import write_atomically
@@ -30,8 +28,15 @@ def is_transposed(name):
 # ---------------------------------------------------------------- in
 
 def read(path, sizes):
+    """As `read_mapped`, but the tensors do not change with the file."""
+    config, weights = read_mapped(path, sizes)
+    return config, {name: w.clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
+
+
+def read_mapped(path, sizes):
     """A folder or a file -> (fields of GPTConfig, {our name: tensor}). `sizes` are the shapes to try if config.json is
-    missing (model.PRESETS). float64 stays, narrower types become float32. ValueError if it is not GPT-2's architecture."""
+    missing (model.PRESETS). float64 stays, narrower types become float32. The tensors may be views of the file, mapped into
+    memory. ValueError if it is not GPT-2's architecture."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     paths = [path] if path.is_file() else sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
@@ -67,7 +72,7 @@ def rename(config, weights, path):
         w = w.T if is_transposed(name) and w.dim() == 2 else w
         if tuple(w.shape) != expected(name) or not w.is_floating_point():
             raise ValueError(f"{path}: {theirs} is not of the shape or type that config.json asks for")
-        ours[name] = w.clone(memory_format=torch.contiguous_format)  # safetensors maps the file, which may be overwritten
+        ours[name] = w
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in ours.values()) else torch.float32
     return {name: w.to(dtype) for name, w in ours.items()}
 
@@ -171,14 +176,12 @@ def safetensors():
     return library
 
 
-def resize_context(model, context):
-    """Cut the model's context to `context` tokens, or extend it: new positions start at random and must be learned."""
-    kept = min(context, model.config.context)
-    std = model.positions.weight.std().item()
-    positions = torch.randn(context, model.config.width).to(model.positions.weight) * std  # (context, C)
-    positions[:kept] = model.positions.weight.detach()[:kept]
-    model.positions = nn.Embedding.from_pretrained(positions, freeze=False)
-    model.config = dataclasses.replace(model.config, context=context)
+def resize_positions(weight, context):
+    """Cut the position embeddings (T, C) to `context` positions, or extend them: new ones are random and must be learned."""
+    kept = min(context, len(weight))
+    positions = torch.randn(context, weight.shape[1]).to(weight) * weight.std()  # (context, C)
+    positions[:kept] = weight[:kept]
+    return positions
 
 
 # ---------------------------------------------------------------- out

@@ -2,6 +2,8 @@
 them in; parameters and their names stay.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +21,7 @@ class PlacedGPT(GPT):
     50,257 takes three times as long. Within Runtime.sampling, a GPU decodes by `recorded_steps`."""
 
     max_logits, padding_rows = 2**27, 0
+    all_reduce = None  # while sampling, if ranks share the weights
     kept_steps = recorded_steps = None  # a RecordedSteps, once there is one; the same, but only within Runtime.sampling
 
     def forward(self, tokens, positions=None, temperature=1.0):
@@ -52,6 +55,9 @@ class PlacedGPT(GPT):
         logits = self.last_layer(hidden / temperature, weight, bias)
         return -F.cross_entropy(logits, targets, reduction="none")
 
+    def unfinished(self, rows):
+        return rows if self.all_reduce is None else self.all_reduce(rows)[0]
+
     def unembed(self, hidden):
         if self.recorded_steps is not None:
             return self.last_layer(hidden, self.recorded_steps.unembedding)[..., : self.config.vocab_size]
@@ -61,6 +67,19 @@ class PlacedGPT(GPT):
         if self.recorded_steps is not None:
             return self.recorded_steps(tokens, cache)
         return super().decode(tokens, cache)
+
+
+@contextlib.contextmanager
+def sampling_in_step(model, all_reduce):
+    """Inside, a sharded model is sampled from as it is: ranks gather each block for each token, so all continue until the last
+    one's rows are finished."""
+    model.unshard()  # the embeddings and the last norm; blocks are gathered as they are called
+    model.all_reduce = all_reduce
+    try:
+        yield
+    finally:
+        model.all_reduce = None
+        model.reshard()
 
 
 class PlacedBlock(Block):

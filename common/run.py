@@ -1,9 +1,11 @@
-"""A run's folder: checkpoints, resuming, the log; and loading the models that other runs left.
+"""A run's folder: checkpoints, resuming, the log.
 
     model.pt      the trained model, when the run is finished
     resume.pt     all that it takes to resume, while it is not; resume.before.pt is the one before
     log.jsonl     one line per step
     samples.txt   what the model generates during training
+
+With --shard, checkpoints are folders of the same names (common/checkpoints.py).
 """
 
 import dataclasses
@@ -14,26 +16,19 @@ import time
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
 
-from common import files
+from common import checkpoints, files
 from common.config import Interrupt, UserError
 from common.learner import Learner
 from common.runtime import RESUMABLE_CHANGES
-from model import GPT, GPTConfig
-
-SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors on rank 0, whatever the sharding
-LOAD = StateDictOptions(full_state_dict=True)
 
 
 class Run:
     """One run's folder. Only rank 0 writes.
 
     `inputs` are the files that the run starts from: a resume.pt made from other contents is refused. `parts` are {name: model
-    or Learner}, saved and restored together. Weights are saved unsharded, so a run may resume with another number of
-    processes. resume.pt stores the lengths of log and samples: on resume, lines written after the checkpoint are truncated.
+    or Learner}, saved and restored together; a run may resume with another number of processes. resume.pt stores the lengths of log and samples: on resume, lines written after the checkpoint are truncated.
 
     A model.pt never stands next to the log of another run: a run that starts over moves the files of a finished one to
     before/, and removes them when it is finished itself."""
@@ -56,11 +51,11 @@ class Run:
     def resume(self):
         """Restore the parts from a stopped run of the same configuration, if any. Returns the step to start from."""
         self.sizes = {"log.jsonl": 0, "samples.txt": 0}
-        step, state = 0, self.last_state() if self.may_resume else None
+        step, (path, state) = 0, self.last_state() if self.may_resume else (None, None)
         if state:
             step, self.sizes = state["step"], state["sizes"]
             for name, part in self.parts.items():
-                self.restore(name, part, state)
+                checkpoints.restore(name, part, state, path)
         if self.runtime.is_main:
             if step == 0:
                 self.start_over()
@@ -71,52 +66,48 @@ class Run:
         Interrupt.waiting = True
         return step
 
-    def restore(self, name, part, state):
-        if name not in self.learners:
-            set_model_state_dict(part, state[name], options=LOAD)
-            return
-        set_model_state_dict(part.model, state[name], options=LOAD)
-        part.load_state(state[f"{name} learner"])
-        if f"{name} optimizer" in state:
-            set_optimizer_state_dict(part.model, part.optimizer, state[f"{name} optimizer"], options=LOAD)
-
     def start_over(self):
         """Clear the folder of another run. A finished run's model is moved last: if this is interrupted, the next start
         finds it and moves the rest."""
         before, model, log = (self.folder / name for name in ("before", "model.pt", "log.jsonl"))
         for path in self.folder.glob("resume*.pt"):
-            path.unlink()
+            files.remove(path)
         others = [path for name in ("epoch*.pt", "iteration*.pt", "value.pt") for path in self.folder.glob(name)]
-        if not model.is_file():
+        if not model.exists():
             for path in others:
-                path.unlink()
+                files.remove(path)
             return
         if log.is_file() and before.is_dir():  # nothing has been moved yet: before/ is of a still older run
             shutil.rmtree(before)
         before.mkdir(exist_ok=True)
         for path in (log, self.folder / "samples.txt", *others, model):
-            if path.is_file():
-                os.replace(path, before / path.name)
+            if path.exists():
+                files.replace(path, before / path.name)
         print(f"{self.folder}: the finished run that was here is kept in {before} until this one is finished")
 
     def last_state(self):
-        """The newest undamaged resume file, or None. All ranks must read the same one; only then a damaged one is renamed, so
-        that a slow rank finds the same files as the others."""
-        paths = [path for path in (self.folder / "resume.pt", self.folder / "resume.before.pt") if path.is_file()]
-        found = state = None
-        for path in paths:
+        """The newest undamaged resume file -> its path and contents; None, None if there is none. All ranks must find the same
+        one; only then a damaged one is renamed, so that a slow rank finds the same files as the others."""
+        damaged, all_gather = [], self.runtime.all_gather
+        for path in (self.folder / "resume.pt", self.folder / "resume.before.pt"):
+            exists = all_gather([path.exists()])
+            if not any(exists):
+                continue
             try:
-                state = files.load(path)
+                state = checkpoints.read(path, self.runtime) if all(exists) else {}
                 config, inputs, found = state["config"], state["inputs"], state["step"]
-                break
             except (ValueError, KeyError, TypeError):
                 found = "damaged"
-        if len(set(self.runtime.all_gather([found]))) > 1:
-            raise UserError(f"{self.folder}: not all processes find the same resume.pt there; give them a folder that they share")
-        if found == "damaged":
-            raise UserError(f"{paths[0]} is damaged; --no-resume starts over")
-        if not state:
-            return None
+            if not all(exists) or len(set(all_gather([found]))) > 1:
+                raise UserError(f"{self.folder}: not all processes find the same resume.pt there; give them a folder that they "
+                                "share")
+            if found != "damaged":
+                break
+            damaged.append(path)
+        else:
+            if damaged:
+                raise UserError(f"{damaged[0]} is damaged; --no-resume starts over")
+            return None, None
         for name in self.config:
             if self.config[name] != config.get(name):
                 raise UserError(f"{path} is of a run with --{name} {config.get(name)}, not {self.config[name]}; "
@@ -126,10 +117,10 @@ class Run:
                 raise UserError(f"{path} is of a run on another {name}; --no-resume starts over")
         if any(f"{name} learner" not in state for name in self.learners):
             raise UserError(f"{path} is of an earlier version; --no-resume starts over")
-        if self.runtime.is_main and path is not paths[0]:
-            print(f"{paths[0]} is damaged; resuming from the one before")
-            paths[0].rename(paths[0].with_suffix(".damaged"))  # so that it does not replace the good one
-        return state
+        if self.runtime.is_main and damaged:
+            print(f"{damaged[0]} is damaged; resuming from the one before")
+            files.replace(damaged[0], damaged[0].with_suffix(".damaged"))  # so that it does not replace the good one
+        return path, state
 
     def checkpoint(self, step):
         """Save what resuming from `step` takes, if the last save is long enough ago. After Ctrl-C: save and stop."""
@@ -137,23 +128,14 @@ class Run:
         due, stop = self.runtime.all_reduce(due, Interrupt.asked)
         if not due and not stop:
             return
-        state, started = {}, time.monotonic()
-        for name, part in self.parts.items():
-            if name in self.learners:
-                state[name] = get_model_state_dict(part.model, options=SAVE)
-                state[f"{name} learner"] = part.state()
-                if part.optimizer.state:  # reading it before the first step would take a step
-                    state[f"{name} optimizer"] = get_optimizer_state_dict(part.model, part.optimizer, options=SAVE)
-            else:
-                state[name] = get_model_state_dict(part, options=SAVE)
+        started, path = time.monotonic(), self.folder / "resume.pt"
+        state = {"step": step, "config": self.config, "inputs": self.inputs}
+        state |= {f"{name} learner": learner.state() for name, learner in self.learners.items()}
         if self.runtime.is_main:
             self.sizes = {name: (self.folder / name).stat().st_size for name in self.sizes}
-            state |= {"step": step, "config": self.config, "inputs": self.inputs, "sizes": self.sizes}
-            path = self.folder / "resume.pt"
-            if path.is_file():
-                os.replace(path, self.folder / "resume.before.pt")
-            files.save(path, state)
-        self.runtime.barrier()
+            if path.exists():
+                files.replace(path, self.folder / "resume.before.pt")
+        checkpoints.save(path, state | {"sizes": self.sizes}, checkpoints.tensors(self.parts, self.runtime), self.runtime)
         self.saved_at = time.monotonic()
         self.pause = self.save_interval * max(1.0, self.saved_at - started)  # saving takes at most a thirtieth of the time
         if stop:
@@ -180,12 +162,10 @@ class Run:
 
     def save_model(self, model, name="model.pt", **more):
         """Weights, model config, the run's config, dataset and inputs, for the next stage."""
-        weights = get_model_state_dict(model, options=SAVE)
-        if self.runtime.is_main:
-            files.save(self.folder / name, {
-                "model": weights, "model_config": dataclasses.asdict(model.config), "config": self.config,
-                "data": self.data, "tokenizer": self.tokenizer.fingerprint, "inputs": self.inputs, **more})
-        self.runtime.barrier()
+        state = {"model_config": dataclasses.asdict(model.config), "config": self.config, "data": self.data,
+                 "tokenizer": self.tokenizer.fingerprint, "inputs": self.inputs, **more}
+        tensors = {"model": checkpoints.model_tensors(model, self.runtime)}
+        checkpoints.save(self.folder / name, state, tensors, self.runtime)
 
     def finish(self):
         """The run is complete: nothing is left to resume."""
@@ -194,7 +174,7 @@ class Run:
             if (self.folder / "before").is_dir():  # while resume.pt exists, so that this is repeated if interrupted
                 shutil.rmtree(self.folder / "before")
             for path in (*self.folder.glob("resume*"), *self.folder.glob("*.tmp")):
-                path.unlink(missing_ok=True)
+                files.remove(path)
             files.unlock(self.folder)
         self.runtime.barrier()
 
@@ -202,45 +182,3 @@ class Run:
 def progress_bar(runtime, start, steps, description):
     return tqdm(range(start, steps), initial=start, total=steps, desc=description, disable=not runtime.is_main, leave=True,
                 dynamic_ncols=True, mininterval=0.5)
-
-
-def checkpoint_of(path):
-    """A run's folder -> its model.pt; anything else stays: a checkpoint, or GPT-2 weights."""
-    model = Path(path) / "model.pt"
-    return str(model) if model.is_file() else path
-
-
-def load_checkpoint(path, made_by):
-    """What `Run.save_model` wrote: a dict. `made_by` is the command that makes the file, for the error message."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} is missing; in the default run `{made_by}` makes it")
-    try:
-        checkpoint = files.load(path)
-        if isinstance(checkpoint, dict) and {"model", "model_config"} <= checkpoint.keys():
-            return checkpoint
-        raise ValueError
-    except ValueError:
-        raise UserError(f"{path} is damaged or no checkpoint of this project") from None
-
-
-def load_model(kind, path, made_by, tokenizer, **changes):
-    """The model of a checkpoint, as a GPT or ScalarModel, on the CPU; `changes` replace fields of its GPTConfig. A GPT may
-    also be GPT-2's weights as transformers saves them: a folder, a .safetensors or a .bin file."""
-    if kind is GPT and (Path(path).is_dir() or Path(path).suffix in (".safetensors", ".bin")):
-        try:
-            model = kind.from_gpt2(path, **changes).float()
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, the dataset's tokenizer.json one of "
-                            f"{tokenizer.vocab_size}")
-        return model
-    checkpoint = load_checkpoint(path, made_by)
-    if checkpoint.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another vocabulary than the dataset's tokenizer.json")
-    try:
-        model = kind(GPTConfig(**checkpoint["model_config"] | changes))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{path} holds no {kind.__name__}") from None
-    return model

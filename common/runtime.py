@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
-from common import layers, onednn
+from common import layers, onednn, sharding
 from common.config import UserError
 from common.decoding import RecordedSteps
-from common.devices import PRECISIONS, choose_device, choose_dtype, start_process_group
+from common.devices import PRECISIONS, choose_device, choose_dtype, configure_malloc, start_process_group
 from model import GPT
 
 
@@ -30,6 +30,7 @@ class RuntimeConfig:
     micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
+    sampling_copy: bool = True  # with --shard: sample from a whole copy of the weights; else blocks are gathered per token
     compile: bool = False  # torch.compile the blocks
     logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 0.5, or 5% of a GPU
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
@@ -55,6 +56,8 @@ class Runtime:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
+        if self.device.type == "cpu":
+            configure_malloc(config.shard)
         if (self.world_size > 1 or config.shard) and not dist.is_initialized():
             start_process_group(self.world_size, self.device)
         if config.shard:
@@ -141,8 +144,23 @@ class Runtime:
 
     # ---- models
 
+    def new_model(self, kind, config):
+        """kind(config) with random weights, placed."""
+        return self.place(sharding.build(kind, config) if self.config.shard else kind(config))
+
     def place(self, model):
-        """Put the model on this rank's device; with --shard, a part of it."""
+        """Put the model on this rank's device; with --shard, a part of it. One on the meta device gets memory, but no values."""
+        self.configure(model)
+        if self.config.shard:
+            sharding.shard(model, self.mesh, self.dtype, self.device)
+        elif model.tokens.weight.is_meta:
+            model.to_empty(device=self.device)
+        else:
+            model.to(self.device)
+        return model
+
+    def configure(self, model):
+        """Replace the parts of a model that common/layers.py has."""
         if isinstance(model, GPT):
             model.__class__ = layers.PlacedGPT
             model.max_logits = int((self.config.logits_memory or default_logits_memory(self.device)) * 2**28)  # of 4 bytes
@@ -151,15 +169,6 @@ class Runtime:
             for block in model.blocks:
                 block.__class__ = layers.PlacedBlock
                 block.configure(self.config.compile, self.config.activation_checkpointing)
-        if not self.config.shard:
-            return model.to(self.device)
-        mixed = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-        for block in model.blocks:  # gathered one block at a time and freed after use
-            fully_shard(block, mesh=self.mesh, mp_policy=mixed, reshard_after_forward=True)
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)  # embeddings and last layer, in float32
-        with torch.no_grad():  # the first forward pass decides which module is the root: it must not be a block's
-            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-        return model
 
     def autocast(self):
         """Matrix products in --precision, from float32 weights, except the last layer's (model.LastLayer)."""
@@ -167,24 +176,28 @@ class Runtime:
 
     @contextlib.contextmanager
     def sampling(self, model):
-        """Inside, model.generate may be called. Yields its `count_unfinished` if ranks share the weights, else None."""
+        """Yields the model to sample from by model.generate, for as long as its weights stay the same: `model` itself, or a
+        whole copy of a sharded one."""
         with self.autocast():
+            if isinstance(model, FSDPModule) and not self.config.sampling_copy:
+                with layers.sampling_in_step(model, self.all_reduce):
+                    yield model
+                return
             if isinstance(model, FSDPModule):
-                model.unshard()  # the embeddings and the last norm; blocks are gathered as they are called
-                yield lambda count: self.all_reduce(count)[0]
-                model.reshard()
-            elif self.device.type == "cuda":
+                model = sharding.whole_copy(model, self.dtype if self.device.type == "cuda" else torch.float32)
+                self.configure(model)
+            if self.device.type == "cuda":
                 if model.kept_steps is None:
                     model.kept_steps = RecordedSteps(model, self.dtype, model.padding_rows)
                 model.kept_steps.update()
                 model.recorded_steps = model.kept_steps
                 try:
-                    yield None
+                    yield model
                 finally:
                     model.recorded_steps = None
             else:
                 with onednn.packed(model):
-                    yield None
+                    yield model
 
 
 def default_logits_memory(device):

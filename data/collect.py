@@ -20,9 +20,10 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from common.checkpoints import load_model
 from common.config import UserError, launch
 from common.files import digest, lock, unlock, write_atomically
-from common.run import load_model, progress_bar
+from common.run import progress_bar
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
 from data import readers
@@ -69,7 +70,7 @@ def load_sources(config, tokenizer, runtime):
         if not 0 <= temperature < math.inf:
             raise UserError(f"--sources: {source!r} has no temperature from 0")
         if path not in models:
-            models[path] = runtime.place(load_model(GPT, path, "make sft", tokenizer))
+            models[path] = load_model(GPT, path, "make sft", tokenizer, runtime)
         sources.append((models[path], temperature))
     return sources
 

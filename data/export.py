@@ -13,19 +13,21 @@ from pathlib import Path
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 
 from common import gpt2
+from common.checkpoints import is_checkpoint, load_checkpoint, load_model
 from common.config import Parser, UserError, guard
-from common.run import load_checkpoint, load_model
+from common.runtime import Runtime, RuntimeConfig
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel
 
 
 def export(run, folder, data=None):
     """Write the model of a run into `folder`; `data` is the dataset's folder, by default where the run found it."""
-    path = Path(run) / "model.pt" if Path(run).is_dir() else Path(run)
-    checkpoint = load_checkpoint(path, "make")
+    path = Path(run) / "model.pt" if Path(run).is_dir() and not is_checkpoint(run) else Path(run)
+    runtime = Runtime(RuntimeConfig(device="cpu"))
+    checkpoint = load_checkpoint(path, "make", runtime)
     tokenizer = Tokenizer.load(data or checkpoint["data"])
     kind = ScalarModel if "head.weight" in checkpoint["model"] else GPT
-    model = load_model(kind, path, "make", tokenizer)
+    model = load_model(kind, path, "make", tokenizer, runtime)
     try:
         tokenizer.save_gpt2(folder, model.config.context, padding=kind is ScalarModel)
         write = gpt2.write_scalar_model if kind is ScalarModel else gpt2.write_policy

@@ -8,9 +8,9 @@ import random
 
 import torch
 
+from common.checkpoints import load_checkpoint
 from common.config import UserError
 from common.files import digest
-from common.run import load_checkpoint
 from data import readers
 
 # Labelers whose rankings the reward model was trained on, and others.
@@ -78,15 +78,15 @@ class RewardModelJudge(Judge):
         return 0.5 if first == second else float(first > second)
 
 
-def check_heads(judge, reward_model, policies):
+def check_heads(judge, reward_model, policies, runtime):
     """Paths of two reward models and of the policies. UserError if the judge started from the same random head (reward.start_model) as the
     one that trained the policies, or is that model: it would reward whatever the policies have learned about that
     head."""
     for path in policies:
-        trained_by = load_checkpoint(path, "ppo.py").get("inputs", {})  # {file: digest}, the reward model's among them
+        trained_by = load_checkpoint(path, "ppo.py", runtime).get("inputs", {})  # {file: digest}, the reward model's among them
         if trained_by and digest(reward_model) not in trained_by.values():
             raise UserError(f"{path} was not trained with {reward_model}: --judge cannot be checked against its reward model")
-    heads = [load_checkpoint(path, "reward.py").get("head_seed") for path in (judge, reward_model)]
+    heads = [load_checkpoint(path, "reward.py", runtime).get("head_seed") for path in (judge, reward_model)]
     for path, head in zip((judge, reward_model), heads):
         if head is None:
             raise UserError(f"{path} does not say which random head it started from; "

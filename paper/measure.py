@@ -21,7 +21,8 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.files import write_atomically
-from common.run import load_model, progress_bar
+from common.checkpoints import load_model
+from common.run import progress_bar
 from common.seeds import generator
 from common.config import UserError, launch
 from common.runtime import RuntimeConfig, Runtime
@@ -66,8 +67,8 @@ def sample(model, prompts, max_new_tokens, purpose, tokenizer, config, runtime):
         batch = encoded[start : start + 256]
         numbers = generator(config.seed, f"{purpose} of {name}", start)
         uniforms = torch.rand(len(batch), max_new_tokens, generator=numbers)
-        with runtime.sampling(model):
-            pairs += zip(batch, generate(model, batch, max_new_tokens, uniforms))
+        with runtime.sampling(model) as sampler:
+            pairs += zip(batch, generate(sampler, batch, max_new_tokens, uniforms))
     return pairs
 
 
@@ -244,7 +245,7 @@ def main(config):
     tokenizer = Tokenizer.load(config.data)
 
     def load(kind, path):
-        return runtime.place(load_model(kind, path, "make paper", tokenizer)).eval() if path else None
+        return load_model(kind, path, "make paper", tokenizer, runtime).eval() if path else None
 
     model, reference = load(GPT, config.model), load(GPT, config.reference)
     reward_model = load(ScalarModel, config.reward)

@@ -68,8 +68,8 @@ def greedy_lines(model, tasks, tokenizer, runtime):
     contexts, lines = [tokenizer.encode(task["context"]) for task in tasks], []
     for start in range(0, len(tasks), 256):
         chosen = contexts[start : start + 256]
-        with runtime.sampling(model):
-            responses = generate(model, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
+        with runtime.sampling(model) as sampler:
+            responses = generate(sampler, chosen, longest, torch.zeros(len(chosen), longest), temperature=0)
         lines += [tokenizer.decode(ids).split("\n")[0] for ids in responses]
     return lines
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import evaluate
 import ppo
@@ -229,9 +230,13 @@ def slow_logprobs(model, prompt, response, temperature=1.0):
 
 
 def load_model(kind, path):
-    checkpoint = torch.load(path, weights_only=True)
+    """The model of a checkpoint, a file or a folder."""
+    checkpoint = torch.load(path / "state.pt" if path.is_dir() else path, weights_only=True)
     model = kind(GPTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    if path.is_dir():
+        dcp.load({"model": model.state_dict()}, checkpoint_id=path, no_dist=True)
+    else:
+        model.load_state_dict(checkpoint["model"])
     return model.eval()
 
 

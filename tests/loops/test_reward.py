@@ -186,12 +186,12 @@ def test_another_set_of_comparisons_or_another_seed_starts_from_another_random_h
 
 def test_untrained_judge_and_reward_model_have_uncorrelated_margins(letters):  # pitfall 41
     torch.manual_seed(0)
-    sft = GPT(GPTConfig(vocab_size=9, context=64, layers=2, heads=4, width=128))
+    save(GPT(GPTConfig(vocab_size=9, context=64, layers=2, heads=4, width=128)), letters.data / "sft.pt", letters.tokenizer)
     margins = []
     for i in range(16):  # the same run on 16 sets of comparisons
         with open(letters.data / "comparisons.train.jsonl", "a") as file:
             file.write(json.dumps({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "labeler": f"{i}"}) + "\n")
-        model, _ = reward.start_model(sft, letters.reward())
+        model, _ = reward.start_model(letters.reward(), letters.tokenizer, cpu())
         tokens = torch.randint(8, (2, 300, 12), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             margins.append(model(tokens[0])[:, -1] - model(tokens[1])[:, -1])  # (300,)

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-import common.run
+import common.checkpoints
 import evaluate
-from conftest import ROOT, load_model, random_gpt, read_log, save
+from conftest import ROOT, cpu, load_model, random_gpt, read_log, save
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel
 
@@ -40,7 +40,7 @@ def test_models_are_of_one_vocabulary_and_of_the_right_kind(chain):
     fingerprint = Tokenizer.load(chain.data).fingerprint
     for name in FOLDERS:
         load_model(ScalarModel if name == "reward" else GPT, chain.out / name / "model.pt")
-        assert common.run.load_checkpoint(chain.out / name / "model.pt", "")["tokenizer"] == fingerprint
+        assert common.checkpoints.load_checkpoint(chain.out / name / "model.pt", "", cpu())["tokenizer"] == fingerprint
 
 
 def test_pretraining_lowers_the_loss_and_fine_tuning_lowers_that_of_demonstrations(chain):

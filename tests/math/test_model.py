@@ -377,8 +377,7 @@ def test_a_response_does_not_depend_on_the_company_it_is_sampled_in():
 
 
 @pytest.mark.parametrize("every", [1, 3, 8])
-@pytest.mark.parametrize("count_unfinished", [None, lambda count: count])
-def test_a_large_batch_of_mixed_prompts_says_what_each_says_alone(every, count_unfinished, monkeypatch):
+def test_a_large_batch_of_mixed_prompts_says_what_each_says_alone(every, monkeypatch):
     """Prompts of many lengths, equal ones among them; finished rows are dropped."""
     monkeypatch.setitem(model_module.CHECK_EVERY, "cpu", every)
     model, rows = random_gpt(dtype=torch.float64, seed=4), []
@@ -389,7 +388,7 @@ def test_a_large_batch_of_mixed_prompts_says_what_each_says_alone(every, count_u
     hidden = model.hidden
     with monkeypatch.context() as patch:
         patch.setattr(model, "hidden", lambda tokens, *rest: rows.append(len(tokens)) or hidden(tokens, *rest))
-        said = generate(model, prompts, 14, uniforms, 1.0, count_unfinished)
+        said = generate(model, prompts, 14, uniforms)
     assert said == slow_generate(model, prompts, 14, uniforms, 1.0)
     assert rows[0] == len(set(map(tuple, prompts)))  # each is read once
     assert rows[1] == 75 and rows[-1] < 38 and len(set(map(len, said))) > 8
@@ -410,7 +409,8 @@ def test_ranks_that_share_weights_go_on_until_all_have_finished(monkeypatch):
     alone = generate(model, PROMPTS, 50, uniforms)
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda tokens, *rest: calls.append(len(tokens)) or hidden(tokens, *rest))
-    together = generate(model, PROMPTS, 50, uniforms, 1.0, lambda count: counts.append(count) or count + 1)  # another has one
+    monkeypatch.setattr(model, "unfinished", lambda rows: counts.append(rows) or rows + 1)  # another rank has one
+    together = generate(model, PROMPTS, 50, uniforms)
     assert together == alone and len(calls) == 50 and 0 in counts
 
 

@@ -18,6 +18,7 @@ import torch
 import common.config
 import common.files
 import common.learner
+import common.checkpoints
 import common.run
 import common.seeds
 import ppo
@@ -223,10 +224,10 @@ def test_damaged_missing_and_foreign_checkpoints_are_refused_and_never_executed(
     torch.save({"model": Evil(), "model_config": {}}, tmp_path / "evil.pt")
     for name in ("half", "text", "empty", "foreign", "list", "evil"):
         with pytest.raises(UserError, match=f"{name}.pt is damaged or no checkpoint of this project"):
-            common.run.load_checkpoint(f"{name}.pt", "make sft")
+            common.checkpoints.load_checkpoint(f"{name}.pt", "make sft", cpu())
     for name in ("missing.pt", "."):
         with pytest.raises(UserError, match="is missing; in the default run `make sft` makes it"):
-            common.run.load_checkpoint(name, "make sft")
+            common.checkpoints.load_checkpoint(name, "make sft", cpu())
     assert not (tmp_path / "executed").exists()
 
 
@@ -395,7 +396,7 @@ def test_no_stage_leaves_a_temporary_file(letters, stage):
 
 def test_a_checkpoint_says_what_the_next_stage_must_know(letters):
     save(random_gpt(), letters.out / "model.pt", letters.tokenizer)
-    checkpoint = common.run.load_checkpoint(letters.out / "model.pt", "make sft")
+    checkpoint = common.checkpoints.load_checkpoint(letters.out / "model.pt", "make sft", cpu())
     assert set(checkpoint) >= {"model", "model_config", "config", "data", "tokenizer"}
     assert checkpoint["model_config"]["width"] == 16
 

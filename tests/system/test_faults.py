@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import common.config
 import common.files
+import common.checkpoints
 import common.run
 import model as model_module
 import ppo
@@ -368,9 +369,9 @@ def test_a_file_cut_anywhere_or_with_one_flipped_bit_is_refused(tmp_path):
         refused(path, data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
     refused(path, data + b"\n")
     with pytest.raises(UserError, match="^[^\n]*file.pt is damaged or no checkpoint of this project[^\n]*$"):
-        common.run.load_checkpoint(path, "make sft")
+        common.checkpoints.load_checkpoint(path, "make sft", cpu())
     path.write_bytes(data)
-    common.run.load_checkpoint(path, "make sft")
+    common.checkpoints.load_checkpoint(path, "make sft", cpu())
 
 
 MEMORY = """
@@ -429,7 +430,7 @@ def test_code_under_a_right_seal_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError):
         common.files.load(path)
     with pytest.raises(UserError, match="file.pt is damaged or no checkpoint"):
-        common.run.load_checkpoint(path, "make sft")
+        common.checkpoints.load_checkpoint(path, "make sft", cpu())
     path.rename(tmp_path / "resume.pt")
     with pytest.raises(UserError, match="resume.pt is damaged"):
         open_run(dataclasses.make_dataclass("Config", [("out", str, str(tmp_path))])()).resume()
@@ -442,7 +443,7 @@ def test_code_under_a_right_seal_is_refused_and_not_run(tmp_path):
 def test_what_is_sealed_but_no_checkpoint_is_refused(tmp_path, content):
     common.files.save(tmp_path / "file.pt", content)
     with pytest.raises(UserError, match="file.pt is damaged or no checkpoint"):
-        common.run.load_checkpoint(tmp_path / "file.pt", "make sft")
+        common.checkpoints.load_checkpoint(tmp_path / "file.pt", "make sft", cpu())
 
 
 def test_a_file_without_the_seal_is_refused(tmp_path):
@@ -450,7 +451,7 @@ def test_a_file_without_the_seal_is_refused(tmp_path):
     with pytest.raises(ValueError):
         common.files.load(tmp_path / "file.pt")
     with pytest.raises(UserError, match="file.pt is damaged or no checkpoint"):
-        common.run.load_checkpoint(tmp_path / "file.pt", "make sft")
+        common.checkpoints.load_checkpoint(tmp_path / "file.pt", "make sft", cpu())
 
 
 def killed_at(letters, stage, out, step, **changes):

@@ -29,10 +29,10 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           GPT2LMHeadModel, GPT2Tokenizer)
 
 import common.files
-import common.run
+import common.checkpoints
 from common.config import UserError
-from common.gpt2 import read_safetensors, resize_context, write_scalar_model
-from conftest import ROOT, random_gpt, same, save
+from common.gpt2 import read_safetensors, resize_positions, write_scalar_model
+from conftest import ROOT, cpu, random_gpt, same, save
 from data.tokenizer import END, GPT2, Tokenizer, train_bpe
 from model import GPT, PRESETS, ScalarModel, generate
 
@@ -320,40 +320,50 @@ def loaded(tmp_path):
     return GPT.from_gpt2(tmp_path / "loaded").eval()
 
 
+def resized(model, context):
+    """The model saved as a run does and loaded with another context."""
+    common.files.save("model.pt", dict(model=model.state_dict(), model_config=vars(model.config), tokenizer="letters"))
+    return common.checkpoints.load_model(GPT, "model.pt", "", Letters, cpu(), context=context)
+
+
+class Letters:
+    fingerprint = "letters"
+
+
 @pytest.mark.parametrize("context", [17, 40, 16, 9, 1])
-def test_another_context_keeps_the_logits_of_what_fits_both(loaded, context):
+def test_another_context_keeps_the_logits_of_what_fits_both(loaded, context, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tokens = some_tokens(loaded.config)[:, :context]
-    before = loaded(tokens)
-    resize_context(loaded, context)
-    torch.testing.assert_close(loaded(tokens), before, rtol=0, atol=1e-12)
-    assert loaded.config.context == loaded.positions.num_embeddings == len(loaded.positions.weight) == context
-    assert loaded.positions.weight.dtype == torch.float64
-    loaded(torch.zeros(1, context, dtype=torch.long))
+    model = resized(loaded, context)
+    torch.testing.assert_close(model(tokens), loaded(tokens).float(), rtol=0, atol=1e-5)
+    assert model.config.context == model.positions.num_embeddings == len(model.positions.weight) == context
+    model(torch.zeros(1, context, dtype=torch.long))
     with pytest.raises(ValueError, match=f"{context + 1} tokens do not fit the context of {context}"):
-        loaded(torch.zeros(1, context + 1, dtype=torch.long))
+        model(torch.zeros(1, context + 1, dtype=torch.long))
 
 
 def test_new_positions_are_random_and_as_large_as_the_old(loaded):
-    before = loaded.positions.weight.std().item()
-    resize_context(loaded, 200)
-    new = loaded.positions.weight[16:]
-    assert new.std().item() == pytest.approx(before, rel=0.1) and abs(new.mean().item()) < 0.1 * before
-    assert len(new.unique(dim=0)) == 184
+    old = loaded.positions.weight.detach()
+    new = resize_positions(old, 200)
+    assert torch.equal(new[:16], old) and new.dtype == torch.float64
+    assert new[16:].std().item() == pytest.approx(old.std().item(), rel=0.1) and abs(new[16:].mean()) < 0.1 * old.std()
+    assert len(new[16:].unique(dim=0)) == 184
 
 
-def test_a_model_of_another_context_trains_and_goes_out(loaded, tmp_path):
-    resize_context(loaded, 24)
-    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
-    tokens, optimizer = some_tokens(loaded.config), torch.optim.Adam(loaded.parameters(), 1e-3)
-    torch.nn.functional.cross_entropy(loaded(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:]).backward()
+def test_a_model_of_another_context_trains_and_goes_out(loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = resized(loaded, 24)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens, optimizer = some_tokens(model.config), torch.optim.Adam(model.parameters(), 1e-3)
+    torch.nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:]).backward()
     optimizer.step()
-    after = dict(loaded.named_parameters())
+    after = dict(model.named_parameters())
     assert [name for name in after if torch.equal(after[name], before[name])] == []
     assert (after["positions.weight"] != before["positions.weight"])[:23].any(1).all()
-    loaded.save_gpt2(tmp_path)
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_gpt2(tmp_path / "out")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out").double()
     assert hf.config.n_positions == 24
-    assert_same_logits(loaded, hf)
+    assert_same_logits(model.double(), hf)
 
 
 # ---------------------------------------------------------------- what is no GPT-2
@@ -384,7 +394,7 @@ def gpt2(tmp_path):
             message = str(refusal.value)
             assert [word for word in words if word not in message] == [] and "\n" not in message
             with pytest.raises(UserError) as refusal:
-                common.run.load_model(GPT, path, "make", Tokenizer("letters", LETTERS))
+                common.checkpoints.load_model(GPT, path, "make", Tokenizer("letters", LETTERS), cpu())
             assert str(refusal.value) == message
 
     Broken.names = list(original)
@@ -506,15 +516,15 @@ def test_a_part_that_is_missing_is_refused(tmp_path):
 
 def test_gpt2_weights_need_the_datasets_vocabulary_size_and_are_loaded_as_float32(gpt2):
     with pytest.raises(UserError, match="has a vocabulary of 9, the dataset's tokenizer.json one of 8"):
-        common.run.load_model(GPT, gpt2.path, "make", Tokenizer("letters", LETTERS[:-1]))
-    model = common.run.load_model(GPT, str(gpt2.path), "make", Tokenizer("letters", LETTERS), dropout=0.5)
+        common.checkpoints.load_model(GPT, gpt2.path, "make", Tokenizer("letters", LETTERS[:-1]), cpu())
+    model = common.checkpoints.load_model(GPT, str(gpt2.path), "make", Tokenizer("letters", LETTERS), cpu(), dropout=0.5)
     assert model.config.dropout == 0.5 and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_a_reward_model_cannot_come_of_gpt2s_weights(gpt2):
     for path in (gpt2.path, gpt2.path / "model.safetensors"):
         with pytest.raises(UserError, match=str(path)):
-            common.run.load_model(ScalarModel, path, "make reward", Tokenizer("letters", LETTERS))
+            common.checkpoints.load_model(ScalarModel, path, "make reward", Tokenizer("letters", LETTERS), cpu())
 
 
 # ---------------------------------------------------------------- pickles

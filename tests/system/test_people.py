@@ -18,8 +18,8 @@ import ppo
 import reward
 import sft
 from common.config import UserError
-from common.run import load_checkpoint, load_model
-from conftest import ROOT, read_log
+from common.checkpoints import load_checkpoint, load_model
+from conftest import ROOT, cpu, read_log
 from data import export, judges, pairs
 from data.judges import People, RewardModelJudge
 from data.oasst import prepare
@@ -123,7 +123,7 @@ def check_pipeline(run):
 
 
 def results_vocabulary(run):
-    return load_checkpoint(run.out / "sft/model.pt", "")["model_config"]["vocab_size"]
+    return load_checkpoint(run.out / "sft/model.pt", "", cpu())["model_config"]["vocab_size"]
 
 
 def test_every_stage_runs_on_message_trees_from_prepare_to_export(small):
@@ -225,7 +225,7 @@ def test_a_model_that_was_not_trained_is_left_out_but_not_the_sft_model(again, c
 
 
 def test_gpt2s_weights_can_stand_for_the_model_gpt(again, small, tmp_path):
-    GPT.save_gpt2(load_model(GPT, small.out / "base/model.pt", "", Tokenizer.load(small.data)), tmp_path / "gpt2")
+    GPT.save_gpt2(load_model(GPT, small.out / "base/model.pt", "", Tokenizer.load(small.data), cpu()), tmp_path / "gpt2")
     before = results_of(again)
     shutil.rmtree(Path(again.out) / "base")
     evaluate.main(dataclasses.replace(again, base=str(tmp_path / "gpt2")))
@@ -434,9 +434,9 @@ def test_a_judge_needs_the_reward_model_that_trained_the_policies(tmp_path):  # 
         inputs = {"out/reward/model.pt": common.files.digest(tmp_path / f"{trained_by}.pt")}
         common.files.save(tmp_path / f"{name}.pt", checkpoint | {"inputs": inputs})
     check = [tmp_path / "judge.pt", tmp_path / "reward.pt"]
-    judges.check_heads(*check, [tmp_path / "policy.pt"])
+    judges.check_heads(*check, [tmp_path / "policy.pt"], cpu())
     with pytest.raises(UserError, match="stray.pt was not trained with .*reward.pt"):
-        judges.check_heads(*check, [tmp_path / "policy.pt", tmp_path / "stray.pt"])
+        judges.check_heads(*check, [tmp_path / "policy.pt", tmp_path / "stray.pt"], cpu())
 
 
 def test_the_interval_of_peoples_pairs_is_over_the_users_of_their_prompts(again, small):  # pitfall 45
