@@ -49,7 +49,7 @@ class Config:
     max_new_tokens: int = 48  # the longest response
     batch_size: int = 128  # responses sampled at a time
     seed: int = 0  # of the samples, the choice of labelers, the order of presentation
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
         check(min(self.prompts, self.judges, self.max_new_tokens, self.batch_size) >= 1 and self.pairs >= 0,

@@ -38,7 +38,7 @@ class Config:
     tokens: bool = False  # show the first answer of the first model token by token; the model is a ppo.py run's folder
     html: str = ""  # --tokens: also write the response, with colors, as a page to this file
     seed: int = 0  # of the samples
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
         check(min(self.n, self.max_new_tokens) >= 1 and self.temperature >= 0,

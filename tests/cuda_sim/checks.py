@@ -5,6 +5,7 @@ import collections
 import contextlib
 
 from fakecuda import A100, H100, T4, FakeCuda  # before torch
+from fakemps import FakeMps
 import torch
 
 import common.runtime
@@ -105,12 +106,16 @@ def a_device_is_set_by_its_index():
             torch.cuda.set_device("cuda")
 
 
-def float64_can_be_refused():
-    with FakeCuda(float64=False):
-        with raises(TypeError, "float64"):
-            torch.ones(3).double().to("cuda")
-        with raises(TypeError, "float64"):
-            torch.ones(3, device="cuda").double()
+def an_apple_gpu_refuses_float64_and_what_has_no_kernel():
+    with FakeMps():
+        x = torch.ones(3, device="mps")
+        for work in (lambda: torch.ones(3).double().to("mps"), x.double, lambda: x.to("cpu", torch.float64),
+                     lambda: x.cumsum(0, dtype=torch.float64)):
+            with raises(TypeError, "float64"):
+                work()
+        with raises(NotImplementedError, "aten.geqrf"):
+            torch.geqrf(x[:, None])
+        assert (x + x).cpu().double().tolist() == [2, 2, 2] and x.device.type == "mps"
 
 
 def a_graph_must_not_wait():
