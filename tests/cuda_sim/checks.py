@@ -3,6 +3,8 @@ it. An assertion or error is a failed check; what a check returns is judged by t
 
 import collections
 import contextlib
+import os
+from unittest import mock
 
 from fakecuda import A100, H100, T4, FakeCuda  # before torch
 from fakemps import FakeMps
@@ -10,6 +12,7 @@ import torch
 
 import common.runtime
 import model
+from common.config import UserError
 from common.runtime import Runtime, RuntimeConfig
 
 DEVICES = {"H100": H100, "A100": A100, "T4": T4}
@@ -169,6 +172,26 @@ def precision_on_each_device():
 def device_cuda_without_an_index():
     with FakeCuda():
         assert str(Runtime(RuntimeConfig(device="cuda")).device) == "cuda:0"
+
+
+def auto_takes_the_gpu_that_is_there():
+    """-> {what is there: the device that --device auto chooses}"""
+    chosen = {"nothing": Runtime(RuntimeConfig()).device}
+    with FakeMps():
+        chosen["mps"] = Runtime(RuntimeConfig()).device
+    with FakeCuda(), mock.patch.object(torch.backends.mps, "is_available", lambda: True):
+        chosen["both"] = Runtime(RuntimeConfig()).device
+    return {there: str(device) for there, device in chosen.items()}
+
+
+def an_apple_gpu_takes_float32_and_one_process():
+    with FakeMps():
+        assert Runtime(RuntimeConfig(device="mps")).dtype == torch.float32
+        for refused in (dict(precision="bf16"), dict(precision="fp16"), dict(shard=True)):
+            with raises(UserError, "an Apple GPU"):
+                Runtime(RuntimeConfig(device="mps", **refused))
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"), raises(UserError, "one process"):
+            Runtime(RuntimeConfig(device="mps"))
 
 
 def a_twentieth_of_the_memory_is_for_logits():

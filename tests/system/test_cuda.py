@@ -47,10 +47,12 @@ REPORT = dict(max_new_tokens=12)
 SIMULATOR = ("mixed_devices_raise", "values_and_gradients_are_real", "waits_are_counted",
              "copies_from_pinned_memory_wait_for_nothing", "devices_differ_in_bf16", "a_device_is_set_by_its_index",
              "an_apple_gpu_refuses_float64_and_what_has_no_kernel", "a_graph_must_not_wait", "attention_kernels_are_those_of_the_device")
-PROJECT = ("precision_on_each_device", "device_cuda_without_an_index", "a_twentieth_of_the_memory_is_for_logits",
+PROJECT = ("precision_on_each_device", "auto_takes_the_gpu_that_is_there", "an_apple_gpu_takes_float32_and_one_process",
+           "device_cuda_without_an_index", "a_twentieth_of_the_memory_is_for_logits",
            "attention_while_sampling", "kernels_per_token")
 
 pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the simulated device is built for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing, which builds the simulated device"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="the simulated device needs the CPU build of PyTorch"),
 ]
@@ -210,6 +212,14 @@ def test_in_float32_a_gpu_shows_the_same_tokens_and_numbers(results, capsys, way
 
 def test_auto_is_bf16_where_a_gpu_computes_with_it_and_fp16_elsewhere(results):
     assert value(results, "precision_on_each_device") == {"H100": "bf16", "A100": "bf16", "T4": "fp16"}
+
+
+def test_auto_takes_an_nvidia_gpu_then_an_apple_gpu_then_the_cpu(results):
+    assert value(results, "auto_takes_the_gpu_that_is_there") == {"both": "cuda:0", "mps": "mps", "nothing": "cpu"}
+
+
+def test_an_apple_gpu_takes_float32_and_one_process(results):
+    value(results, "an_apple_gpu_takes_float32_and_one_process")
 
 
 def test_the_device_cuda_is_the_gpu_of_this_process(results):
