@@ -48,7 +48,7 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
-CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 1}  # tokens between checks for finished rows
+CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 1}  # tokens; a check for finished rows waits for a GPU
 
 
 class Attention(nn.Module):
