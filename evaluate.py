@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common import download
-from common.checkpoints import load_model
+from common.checkpoints import is_checkpoint, load_model
 from common.config import check, launch
 from common.files import write_atomically
 from common.runtime import Runtime, RuntimeConfig
@@ -49,7 +49,7 @@ class Config:
     max_new_tokens: int = 48  # the longest response
     batch_size: int = 128  # responses sampled at a time
     seed: int = 0  # of the samples, the choice of labelers, the order of presentation
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
         check(min(self.prompts, self.judges, self.max_new_tokens, self.batch_size) >= 1 and self.pairs >= 0,
@@ -129,7 +129,7 @@ def load_policy(entry, config, tokenizer, runtime, world):
     path = f"{config.out}/{entry.run}/model.pt"
     if entry.name == "GPT" and config.base:
         path = runtime.once_per_machine(lambda: download.weights(config.base, tokenizer))
-    if not world and entry.name != "SFT" and not Path(path).exists():
+    if not world and entry.name != "SFT" and not is_checkpoint(path):
         if runtime.is_main:
             print(f"{path} is not there: {entry.name} is left out")
         return None
@@ -146,7 +146,7 @@ def load_reward_models(config, tokenizer, runtime):
     if config.judge:
         reward_models["judge"] = load(config.judge, "reward.py")
         policies = [f"{config.out}/{entry.run}/model.pt" for entry in MODELS if entry.ppo_log]
-        check_heads(config.judge, path, [policy for policy in policies if Path(policy).exists()], runtime)
+        check_heads(config.judge, path, [policy for policy in policies if is_checkpoint(policy)], runtime)
     return reward_models
 
 

@@ -1,5 +1,4 @@
-"""The network: GPT as in GPT-2 and GPT-3, a scalar head in place of its unembedding for rewards
-and values, and sampling with a KV cache.
+"""The network: GPT as in GPT-2 and GPT-3, a scalar head for rewards and values, and sampling.
 
 Architecture: Radford et al. 2019, section 2.3, and Brown et al. 2020, section 2.1 (all attention
 layers dense). The paper's models are this network with 1.3B, 6B and 175B parameters (3.4 and C).
@@ -49,7 +48,7 @@ PRESETS = {
     "gpt3-175b": dict(layers=96, heads=96, width=12288, context=2048),
 }
 
-CHECK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between checks for finished rows: each waits for a GPU
+CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 1}  # tokens; a check for finished rows waits for a GPU
 
 
 class Attention(nn.Module):
@@ -161,8 +160,7 @@ class GPT(Trunk):
         logits = self.unembed(hidden.flatten(0, -2) / temperature)  # (N, V)
         return -F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
-    def unfinished(self, rows):
-        """Number of unfinished rows here -> of all ranks, if they share the weights (PlacedGPT)."""
+    def unfinished(self, rows):  # number of rows here -> on all ranks that share the weights
         return rows
 
     def decode(self, tokens, cache):
@@ -260,6 +258,8 @@ def sample_tokens(logits, uniforms, temperature):
     uniform number. logits (B, V), uniforms (B,) -> (B,). Temperature 0 takes the most likely."""
     if temperature == 0:
         return logits.argmax(-1)
+    if logits.device.type == "mps":  # which has no float64: float32 loses the rare tokens
+        return sample_tokens(logits.cpu(), uniforms.cpu(), temperature).to(logits.device)
     cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
     thresholds = uniforms.double()[:, None] * cdf[:, -1:]  # (B, 1); the last is 1 up to rounding
     return torch.searchsorted(cdf, thresholds, right=True).squeeze(-1).clamp_(max=cdf.shape[-1] - 1)
@@ -267,11 +267,9 @@ def sample_tokens(logits, uniforms, temperature):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, uniforms, temperature=1.0):
-    """Sample a response to each prompt, with a KV cache.
-
-    prompts: B lists of token ids. uniforms: (B, max_new_tokens) in [0, 1), decide every choice.
-    Returns B lists of token ids, each ended by the end of text or cut after max_new_tokens.
-    ValueError if a prompt is empty or leaves no room in the context."""
+    """Sample a response to each prompt, with a KV cache. prompts: B lists of token ids. uniforms:
+    (B, max_new_tokens) in [0, 1), decide every choice. Returns B lists of token ids, each ended by
+    the end of text or cut. ValueError if a prompt is empty or leaves no room in the context."""
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise ValueError("a prompt has no tokens")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints import checkpoint_of, load_checkpoint, load_model
+from common.checkpoints import checkpoint_of, is_checkpoint, load_checkpoint, load_model
 from common.config import UserError, check, launch
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
@@ -38,7 +38,7 @@ class Config:
     tokens: bool = False  # show the first answer of the first model token by token; the model is a ppo.py run's folder
     html: str = ""  # --tokens: also write the response, with colors, as a page to this file
     seed: int = 0  # of the samples
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
         check(min(self.n, self.max_new_tokens) >= 1 and self.temperature >= 0,
@@ -52,7 +52,7 @@ def related(given, first, name, sibling, runtime):
         return given
     path = Path(checkpoint_of(first))
     recorded = load_checkpoint(path, "make ppo", runtime)["config"].get(name, "") if path.suffix == ".pt" else ""
-    return recorded if recorded and Path(recorded).exists() else str(Path(first).parent / sibling)
+    return recorded if recorded and is_checkpoint(recorded) else str(Path(first).parent / sibling)
 
 
 def questions(config):
@@ -121,11 +121,11 @@ def main(config):
 
     models = {path: load(GPT, path) for path in paths}
     show = config.tokens or config.html
-    if show and not (Path(paths[0]) / "value.pt").exists():
+    if show and not is_checkpoint(Path(paths[0]) / "value.pt"):
         raise UserError(f"{paths[0]}/value.pt is missing: --tokens takes the folder of a ppo.py run, "
                         "which leaves its value function")
     reward = related(config.reward, paths[0], "reward", "reward", runtime)
-    reward_model = load(ScalarModel, reward) if show or Path(checkpoint_of(reward)).exists() else None
+    reward_model = load(ScalarModel, reward) if show or is_checkpoint(checkpoint_of(reward)) else None
     context = min(model.config.context for model in models.values())
     for question, text in enumerate(questions(config)):
         prompt = tokenizer.encode(dataset.as_prompt(text, data))

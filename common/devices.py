@@ -16,15 +16,17 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def choose_device(name, local_rank):
-    """auto, cpu, cuda (this process's GPU) or cuda:N -> torch.device"""
+    """auto, cpu, cuda (this process's GPU), cuda:N or mps (Apple's GPU) -> torch.device"""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda")
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither cpu nor cuda nor mps")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("PyTorch finds no Apple GPU here")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -36,15 +38,18 @@ def choose_device(name, local_rank):
 
 
 def choose_dtype(precision, device):
-    """The precision of matrix products. auto is the best of a GPU (bf16 where it is not emulated), float32 elsewhere. With
-    16 bits, float32 products on a GPU (the last layer's) are TensorFloat-32: their inputs are rounded to 10 bits, those of bf16
-    products to 7."""
+    """The precision of matrix products. auto is the best of an Nvidia GPU (bf16 where it is not emulated), float32 elsewhere.
+    With 16 bits, float32 products on such a GPU (the last layer's) are TensorFloat-32: their inputs are rounded to 10 bits,
+    those of bf16 products to 7. On an Apple GPU 16 bits are refused: there, attention may see later tokens
+    (github.com/pytorch/pytorch/issues/195910)."""
     if precision == "auto":
         precision = "float32"
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+    if device.type == "mps" and precision != "float32":
+        raise UserError(f"--precision {precision}: an Apple GPU takes float32; PyTorch's 16-bit attention is wrong there")
     return PRECISIONS[precision]
 
 
@@ -61,6 +66,8 @@ def configure_malloc(shard):
 
 
 def start_process_group(world_size, device):
+    if device.type == "mps":
+        raise UserError("--device mps: an Apple GPU computes in one process, without --shard; several take --device cpu")
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("--shard spreads a model over processes: start it with torchrun")
     store, rank, world_size = next(dist.rendezvous("env://"))

@@ -34,7 +34,9 @@ def packed(model):
 
 
 def can_be_packed(weight, dtype):
-    if not torch.backends.mkldnn.is_available() or weight.numel() < LARGE or weight.dtype != torch.float32:
+    if not torch.backends.mkldnn.is_available() or weight.device.type != "cpu":
+        return False
+    if weight.numel() < LARGE or weight.dtype != torch.float32:
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

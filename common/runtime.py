@@ -25,14 +25,14 @@ from model import GPT
 class RuntimeConfig:
     """How a stage is run: this changes its speed and memory, and its results by rounding only (--compile also changes the
     random numbers of dropout)."""
-    device: str = "auto"  # cpu, cuda, cuda:N, or auto: cuda if available
-    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on a GPU, float32 on a CPU
+    device: str = "auto"  # cpu, cuda, cuda:N, mps (Apple's GPU), or auto: cuda or mps if available
+    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on a CUDA GPU, else float32
     micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
     sampling_copy: bool = True  # with --shard: sample from a whole copy of the weights; else blocks are gathered per token
     compile: bool = False  # torch.compile the blocks
-    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 0.5, or 5% of a GPU
+    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 0.5, or 5% of a CUDA GPU
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
     resume: bool = True  # resume a stopped run of the same configuration
 
@@ -108,6 +108,8 @@ class Runtime:
     def all_reduce(self, *numbers):
         """Each number (a float or a 0-d tensor) summed over all ranks, as a list of floats. Waits for a GPU only if one of
         them is there."""
+        if self.device.type == "mps":  # it has no float64, and there is one rank
+            return [float(n) for n in numbers]
         on_device = any(isinstance(n, torch.Tensor) and n.device.type != "cpu" for n in numbers)
         device = self.device if on_device else torch.device("cpu")
         total = torch.stack([n.detach().to(device, torch.float64) if isinstance(n, torch.Tensor)

@@ -49,7 +49,7 @@ class Config:
     batch_size: int = 256  # prompts at a time
     append: bool = True  # append to existing comparisons, instead of replacing them
     seed: int = 0  # of K, the sources, the samples, the labelers
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
         if not 2 <= self.fewest <= self.most:

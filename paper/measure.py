@@ -49,7 +49,7 @@ class Config:
     questions: int = 4  # answers to each question that is commonly answered wrong
     threads: int = 400  # forum threads of each kind, whose next reply may be an insult
     seed: int = 0  # of the samples and the choice of labelers
-    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
         if min(self.prompts, self.questions, self.threads) < 1 or self.best_of < 0:

@@ -425,7 +425,7 @@ def main(names):
     if unknown:
         raise common.config.UserError(f"{unknown[0]}: no such check; there are {', '.join(CHECKS)}")
     if not torch.cuda.is_available():
-        raise common.config.UserError("PyTorch finds no GPU here")
+        raise common.config.UserError("PyTorch finds no Nvidia GPU here")
     properties = torch.cuda.get_device_properties(0)
     bandwidth, rate = rates()
     print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; PyTorch {torch.__version__}; copies {bandwidth / 1e12:.2f} "

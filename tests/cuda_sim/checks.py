@@ -3,12 +3,16 @@ it. An assertion or error is a failed check; what a check returns is judged by t
 
 import collections
 import contextlib
+import os
+from unittest import mock
 
 from fakecuda import A100, H100, T4, FakeCuda  # before torch
+from fakemps import FakeMps
 import torch
 
 import common.runtime
 import model
+from common.config import UserError
 from common.runtime import Runtime, RuntimeConfig
 
 DEVICES = {"H100": H100, "A100": A100, "T4": T4}
@@ -105,12 +109,16 @@ def a_device_is_set_by_its_index():
             torch.cuda.set_device("cuda")
 
 
-def float64_can_be_refused():
-    with FakeCuda(float64=False):
-        with raises(TypeError, "float64"):
-            torch.ones(3).double().to("cuda")
-        with raises(TypeError, "float64"):
-            torch.ones(3, device="cuda").double()
+def an_apple_gpu_refuses_float64_and_what_has_no_kernel():
+    with FakeMps():
+        x = torch.ones(3, device="mps")
+        for work in (lambda: torch.ones(3).double().to("mps"), x.double, lambda: x.to("cpu", torch.float64),
+                     lambda: x.cumsum(0, dtype=torch.float64)):
+            with raises(TypeError, "float64"):
+                work()
+        with raises(NotImplementedError, "aten.geqrf"):
+            torch.geqrf(x[:, None])
+        assert (x + x).cpu().double().tolist() == [2, 2, 2] and x.device.type == "mps"
 
 
 def a_graph_must_not_wait():
@@ -164,6 +172,26 @@ def precision_on_each_device():
 def device_cuda_without_an_index():
     with FakeCuda():
         assert str(Runtime(RuntimeConfig(device="cuda")).device) == "cuda:0"
+
+
+def auto_takes_the_gpu_that_is_there():
+    """-> {what is there: the device that --device auto chooses}"""
+    chosen = {"nothing": Runtime(RuntimeConfig()).device}
+    with FakeMps():
+        chosen["mps"] = Runtime(RuntimeConfig()).device
+    with FakeCuda(), mock.patch.object(torch.backends.mps, "is_available", lambda: True):
+        chosen["both"] = Runtime(RuntimeConfig()).device
+    return {there: str(device) for there, device in chosen.items()}
+
+
+def an_apple_gpu_takes_float32_and_one_process():
+    with FakeMps():
+        assert Runtime(RuntimeConfig(device="mps")).dtype == torch.float32
+        for refused in (dict(precision="bf16"), dict(precision="fp16"), dict(shard=True)):
+            with raises(UserError, "an Apple GPU"):
+                Runtime(RuntimeConfig(device="mps", **refused))
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"), raises(UserError, "one process"):
+            Runtime(RuntimeConfig(device="mps"))
 
 
 def a_twentieth_of_the_memory_is_for_logits():

@@ -2,7 +2,7 @@
 
     python tests/cuda_sim/drive.py PLAN.json RESULTS.json
 
-The plan: {"device": "H100", "A100" or "T4"; "precision": of every stage; "jobs": {name: [module, settings of its Config]};
+The plan: {"device": "H100", "A100", "T4" or "mps"; "precision": of every stage; "jobs": {name: [module, settings of its Config]};
 "checks": names of functions of checks.py}. The results: {name: what `run` or `check` returns}.
 """
 
@@ -21,6 +21,7 @@ from unittest import mock
 sys.path[:0] = [os.fspath(Path(__file__).resolve().parent), os.fspath(Path(__file__).resolve().parents[2])]
 
 import fakecuda  # before torch
+import fakemps
 import torch
 
 import evaluate
@@ -94,7 +95,8 @@ def as_lists(value):
 def main(plan_file, results_file):
     torch.set_num_threads(1)
     plan = json.loads(Path(plan_file).read_text())
-    gpu, results = fakecuda.FakeCuda(getattr(fakecuda, plan["device"])), {}
+    gpu = fakemps.FakeMps() if plan["device"] == "mps" else fakecuda.FakeCuda(getattr(fakecuda, plan["device"]))
+    results = {}
     for name, (module, settings) in plan["jobs"].items():
         results[name] = run(gpu, module, settings, plan["precision"])
     for name in plan["checks"]:

@@ -48,13 +48,13 @@ def build_guard(torch_folder):
 
 def load_guard():
     folder = Path(importlib.util.find_spec("torch").origin).parent
-    for library in (folder / "lib/libc10.so", folder / "lib/libtorch_cpu.so", build_guard(folder)):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    libraries = folder / "lib/libc10.so", folder / "lib/libtorch_cpu.so", build_guard(folder)
+    return [ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL) for library in libraries][-1]
 
 
 if "torch" in sys.modules:
     raise ImportError("import fakecuda before torch, which looks for CUDA once")
-load_guard()
+GUARD = load_guard()
 
 import torch
 import torch.cuda.amp.common
@@ -63,10 +63,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
-CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+CPU = torch.device("cpu")
 
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)  # compute capabilities
-MIXED = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({})"
+MIXED = "Expected all tensors to be on the same device, but found at least two devices, a GPU and cpu! ({})"
 
 # Operators that take CPU tensors next to those of CUDA: copies, and indices, which are copied.
 TAKE_BOTH = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default,
@@ -84,13 +84,13 @@ NO_KERNEL = {"detach", "alias", "lift_fresh", "empty", "empty_like", "empty_stri
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor on cuda:0; `inner` is the CPU tensor with its values."""
+    """A tensor on the simulated device; `inner` is the CPU tensor with its values."""
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner):
         tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-                                                     dtype=inner.dtype, device=CUDA, requires_grad=False)
+                                                     dtype=inner.dtype, device=FakeCuda.active.device, requires_grad=False)
         tensor.inner = inner
         return tensor
 
@@ -101,7 +101,7 @@ class CudaTensor(torch.Tensor):
         return memo[id(self)]
 
     def __repr__(self, **options):
-        return f"cuda({self.inner!r})"
+        return f"{self.device.type}({self.inner!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -165,8 +165,8 @@ class FunctionHook(TorchFunctionMode):
         if func is torch.Tensor.__format__ and on_cuda and args[0].dim() == 0:
             return args[0].item().__format__(*args[1:])
         if func is torch.Tensor.numpy and on_cuda:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
-        if func in (torch.tensor, torch.as_tensor) and is_device(kwargs.get("device"), "cuda"):
+            raise TypeError(f"can't convert {args[0].device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        if func in (torch.tensor, torch.as_tensor) and is_device(kwargs.get("device"), self.gpu.device.type):
             device = kwargs.pop("device")
             if func is torch.as_tensor and isinstance(args[0], torch.Tensor):
                 return args[0].to(device, kwargs.get("dtype", args[0].dtype))
@@ -208,11 +208,11 @@ class FakeCuda:
     """
 
     active = None
+    device = torch.device("cuda:0")
 
-    def __init__(self, capability=H100, bf16=None, float64=True):
-        """bf16: whether the device computes with it; default: from the Ampere generation on. float64=False: refuse such
-        tensors, as Apple's GPUs do."""
-        self.capability, self.float64 = capability, float64
+    def __init__(self, capability=H100, bf16=None):
+        """bf16: whether the device computes with it; default: from the Ampere generation on."""
+        self.capability = capability
         self.bf16 = capability >= (8, 0) if bf16 is None else bf16
         self.in_project, self.capturing = {}, False
         self.reset()
@@ -225,6 +225,17 @@ class FakeCuda:
         assert FakeCuda.active is None
         FakeCuda.active = self
         self.stack = contextlib.ExitStack()
+        self.patch()
+        # Module.to makes new parameters: assigning to the .data of the old ones would lose the wrapper.
+        future = torch.__future__
+        self.stack.callback(future.set_overwrite_module_params_on_conversion, future.get_overwrite_module_params_on_conversion())
+        future.set_overwrite_module_params_on_conversion(True)
+        self.stack.enter_context(OperatorHook(self))
+        self.stack.enter_context(FunctionHook(self))
+        return self
+
+    def patch(self):
+        """What PyTorch's Python side asks of the device."""
         answers = {
             "is_available": lambda: True,
             "device_count": lambda: 1,
@@ -239,15 +250,8 @@ class FakeCuda:
         for name, answer in answers.items():
             self.stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         self.stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
-        # Module.to makes new parameters: assigning to the .data of the old ones would lose the wrapper.
-        future = torch.__future__
-        self.stack.callback(future.set_overwrite_module_params_on_conversion, future.get_overwrite_module_params_on_conversion())
-        future.set_overwrite_module_params_on_conversion(True)
         if "common.decoding" in sys.modules:
             self.stack.enter_context(mock.patch("common.decoding.capture", self.capture))
-        self.stack.enter_context(OperatorHook(self))
-        self.stack.enter_context(FunctionHook(self))
-        return self
 
     def __exit__(self, *error):
         self.stack.close()
@@ -256,7 +260,7 @@ class FakeCuda:
     @contextlib.contextmanager
     def paused(self):
         """Inside, tensors are what they are, and nothing is counted."""
-        with (_disable_current_modes(), torch._C.DisableTorchFunction(), torch.autocast("cuda", enabled=False),
+        with (_disable_current_modes(), torch._C.DisableTorchFunction(), torch.autocast(self.device.type, enabled=False),
               torch.autocast("cpu", enabled=False)):
             yield
 
@@ -337,15 +341,13 @@ class FakeCuda:
     # ---- running an operator
 
     def wrap(self, inner):
-        if inner.dtype == torch.float64 and not self.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use float32 instead.")
         return CudaTensor(inner)
 
     def run(self, func, args, kwargs):
         """The operator `func`, on whatever device its arguments are."""
         tensors = tensors_among((*args, *kwargs.values()))
         mine = [t for t in tensors if isinstance(t, CudaTensor)]
-        to_cuda = is_device(kwargs.get("device"), "cuda")
+        to_cuda = is_device(kwargs.get("device"), self.device.type)
         if not mine and not to_cuda:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
@@ -387,8 +389,8 @@ class FakeCuda:
     # ---- attention
 
     def run_attention(self, q, k, v, attn_mask=None, is_causal=False):
-        if torch.is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             if attn_mask is not None and attn_mask.dtype != torch.bool:
                 attn_mask = attn_mask.to(dtype)

@@ -1,6 +1,7 @@
-// What PyTorch's C++ side asks of CUDA, answered for a build without it: one device, which is always idle, and pinned memory
-// that is ordinary memory. fakecuda.py builds this and loads it before torch, which looks for the hooks once.
+// What PyTorch's C++ side asks of CUDA or MPS, answered for a build without it: one device, which is always idle, and pinned
+// memory that is ordinary memory. fakecuda.py builds this and loads it before torch, which looks for the hooks once.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/detail/MPSHooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -11,12 +12,12 @@
 using namespace c10;
 
 namespace {
-const Device device(DeviceType::CUDA, 0);
-const Stream stream(Stream::DEFAULT, device);
-
+template <DeviceType T>
 struct Guard final : impl::DeviceGuardImplInterface {
-  static constexpr DeviceType static_type = DeviceType::CUDA;
-  DeviceType type() const override { return DeviceType::CUDA; }
+  static constexpr DeviceType static_type = T;
+  static inline const Device device{T, 0};
+  static inline const Stream stream{Stream::DEFAULT, device};
+  DeviceType type() const override { return T; }
   Device exchangeDevice(Device) const override { return device; }
   Device getDevice() const override { return device; }
   void setDevice(Device) const override {}
@@ -32,7 +33,8 @@ struct Guard final : impl::DeviceGuardImplInterface {
   bool queryStream(const Stream&) const override { return true; }
   void synchronizeStream(const Stream&) const override {}
 };
-impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
+impl::DeviceGuardImplRegistrar cuda(DeviceType::CUDA, new Guard<DeviceType::CUDA>());
+impl::DeviceGuardImplRegistrar mps(DeviceType::MPS, new Guard<DeviceType::MPS>());
 
 // Ordinary memory whose addresses are remembered.
 struct PinnedMemory final : Allocator {
@@ -57,14 +59,17 @@ struct PinnedMemory final : Allocator {
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
 };
 PinnedMemory pinned_memory;
+bool is_mps = false; // which of the two is there
 } // namespace
+
+extern "C" void simulate_mps(bool yes) { is_mps = yes; }
 
 namespace at {
 struct FakeHooks final : CUDAHooksInterface {
   FakeHooks(CUDAHooksArgs) {}
   void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
+  bool hasCUDA() const override { return !is_mps; }
+  bool isBuilt() const override { return !is_mps; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   int getNumGPUs() const override { return 1; }
@@ -79,4 +84,13 @@ struct FakeHooks final : CUDAHooksInterface {
   void deviceSynchronize(DeviceIndex) const override {}
 };
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, FakeHooks)
+
+struct FakeMPSHooks final : MPSHooksInterface {
+  void init() const override {}
+  bool hasMPS() const override { return is_mps; }
+  bool isBuilt() const override { return is_mps; }
+  bool isAvailable() const override { return is_mps; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+};
+C10_REGISTER_CLASS(MPSHooksRegistry, MPSHooks, FakeMPSHooks)
 } // namespace at

@@ -146,11 +146,15 @@ def test_there_are_never_more_logits_than_allowed(monkeypatch):
     assert max(sizes) == 18 and sum(sizes) == 2 * 21 * 9  # once forward, once more backward
 
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+
+
 @pytest.fixture
 def every_weight_is_large(monkeypatch):
     monkeypatch.setattr(onednn, "LARGE", 1)
 
 
+@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_have_the_precision_of_autocast_but_the_unembedding_float32(dtype, every_weight_is_large):
     model = random_gpt()
@@ -161,8 +165,10 @@ def test_packed_weights_have_the_precision_of_autocast_but_the_unembedding_float
             assert packed_layer.packed.dtype == dtype and type(packed_layer) is onednn.PackedLinear
 
 
-def test_only_large_weights_are_packed():
+@needs_onednn
+def test_only_large_weights_on_a_cpu_are_packed():
     model = GPT(GPTConfig(vocab_size=600, context=8, layers=1, heads=1, width=1024))  # the MLP has 4 Mi numbers
+    assert not onednn.can_be_packed(model.blocks[0].mlp[0].weight.to("meta"), torch.float32)  # as on an Apple GPU
     with onednn.packed(model):
         assert [type(m) for m in model.blocks[0].mlp if isinstance(m, torch.nn.Linear)] == [onednn.PackedLinear] * 2
     small = random_gpt()
@@ -209,6 +215,7 @@ def test_sampling_chooses_by_float32_logits(dtype, monkeypatch):  # pitfall 42
     assert seen == {torch.float32}
 
 
+@needs_onednn
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 def test_packed_weights_give_the_logits_of_plain_ones_and_are_gone_afterwards(dtype, bound, every_weight_is_large):
     model, tokens = random_gpt(), torch.tensor([[1, 2, 3], [4, 5, 6]])

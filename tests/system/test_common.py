@@ -121,9 +121,12 @@ def test_errors_are_one_line_on_stderr_with_exit_status_2(tmp_path):
 
 # ---------------------------------------------------------------- processes, seeds
 
-def test_a_device_that_is_none_is_refused():
-    with pytest.raises(UserError, match="--device abacus"):
-        Runtime(RuntimeConfig(device="abacus"))
+@pytest.mark.parametrize("device, message", [("abacus", "--device abacus: "), ("meta", "--device meta: neither cpu nor cuda nor mps"),
+                                             ("mps", "--device mps: PyTorch finds no Apple GPU here")])
+def test_a_device_that_is_not_there_is_refused(monkeypatch, device, message):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"^{message}"):
+        Runtime(RuntimeConfig(device=device))
 
 
 def test_ranks_share_out_every_row_once():

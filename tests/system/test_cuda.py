@@ -1,6 +1,7 @@
-"""Every stage on a simulated CUDA device (tests/cuda_sim/fakecuda.py), in processes of their own. What it shows: which tensors
-are on which device, the values in each precision, which attention kernels run, how often the host waits for the device, and
-how many kernels it starts. What it can't show: speed, memory, several devices.
+"""Every stage on a simulated CUDA device and on a simulated Apple GPU (tests/cuda_sim/fakecuda.py, fakemps.py), in processes of
+their own. What it shows: which tensors are on which device, the values in each precision, which attention kernels run, how often
+the host waits for the device, and how many kernels it starts; that nothing on an Apple GPU is in float64 or lacks a kernel there.
+What it can't show: speed, memory, several devices, whether a kernel is right.
 
 `python tests/cuda_sim/count.py` prints which lines wait.
 """
@@ -33,7 +34,8 @@ EVALUATE_MORE_PROMPTS = 6  # how many more for 48 prompts than for 12, in the sa
 TOKEN_KERNELS = 223
 
 STAGES = ("base", "sft", "collect", "reward", "ppo", "ppo_noptx", "evaluate", "sample")
-WAYS = {"float32": "A100", "bf16": "H100", "fp16": "T4"}  # precision: the device it is tried on
+WAYS = {"float32": "A100", "bf16": "H100", "fp16": "T4", "mps": "mps"}  # precision: the device it is tried on; mps: its default
+IN_FLOAT32 = ("float32", "mps")
 SHORT = {  # in 16 bits only the kinds of operations matter, not the numbers
     "base": dict(epochs=1),
     "sft": dict(epochs=1),
@@ -44,11 +46,13 @@ SHORT = {  # in 16 bits only the kinds of operations matter, not the numbers
 REPORT = dict(max_new_tokens=12)
 SIMULATOR = ("mixed_devices_raise", "values_and_gradients_are_real", "waits_are_counted",
              "copies_from_pinned_memory_wait_for_nothing", "devices_differ_in_bf16", "a_device_is_set_by_its_index",
-             "float64_can_be_refused", "a_graph_must_not_wait", "attention_kernels_are_those_of_the_device")
-PROJECT = ("precision_on_each_device", "device_cuda_without_an_index", "a_twentieth_of_the_memory_is_for_logits",
+             "an_apple_gpu_refuses_float64_and_what_has_no_kernel", "a_graph_must_not_wait", "attention_kernels_are_those_of_the_device")
+PROJECT = ("precision_on_each_device", "auto_takes_the_gpu_that_is_there", "an_apple_gpu_takes_float32_and_one_process",
+           "device_cuda_without_an_index", "a_twentieth_of_the_memory_is_for_logits",
            "attention_while_sampling", "kernels_per_token")
 
 pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the simulated device is built for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing, which builds the simulated device"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="the simulated device needs the CPU build of PyTorch"),
 ]
@@ -105,16 +109,17 @@ def moved(config, chain, folder, **changes):
 
 def plan_of_stages(chain, folder, device, precision):
     copy_of(chain, folder)
-    jobs = {}
+    jobs, where = {}, "mps" if device == "mps" else "cuda:0"
     for name, config in chain.stages.items():
         changes = dict(append=False) if name == "collect" else dict(out=f"{folder}/new/{name}")
-        if precision != "float32":
+        changes["device"] = where
+        if precision not in IN_FLOAT32:
             changes |= SHORT.get(name, {})
         jobs[name] = type(config).__module__, moved(config, chain, folder, **changes)
     jobs["collect"] = jobs.pop("collect")  # last: reward.py reads the same comparisons as in `chain`
-    jobs["evaluate"] = "evaluate", moved(chain.report, chain, folder, **REPORT)
-    jobs["sample"] = "sample", sample_settings(f"{folder}/out", "cuda:0")
-    return dict(device=device, precision=precision, jobs=jobs, checks=[])
+    jobs["evaluate"] = "evaluate", moved(chain.report, chain, folder, **REPORT, device=where)
+    jobs["sample"] = "sample", sample_settings(f"{folder}/out", where)
+    return dict(device=device, precision="auto" if device == "mps" else precision, jobs=jobs, checks=[])
 
 
 def sample_settings(out, device):
@@ -161,9 +166,10 @@ def test_a_stage_runs_on_a_gpu(results, precision, stage):
         assert numbers and all(map(math.isfinite, numbers))
 
 
+@pytest.mark.parametrize("way", IN_FLOAT32)
 @pytest.mark.parametrize("stage", ["base", "sft", "reward", "ppo", "ppo_noptx"])
-def test_in_float32_a_run_on_a_gpu_logs_what_it_logs_on_a_cpu(results, chain, stage):
-    assert_close(read_log(results["folder"] / "float32" / "new" / stage), read_log(chain.out / stage))
+def test_in_float32_a_run_on_a_gpu_logs_what_it_logs_on_a_cpu(results, chain, stage, way):
+    assert_close(read_log(results["folder"] / way / "new" / stage), read_log(chain.out / stage))
 
 
 def assert_close(a, b):
@@ -182,20 +188,22 @@ def assert_close(a, b):
         assert a == b
 
 
-def test_in_float32_a_gpu_samples_and_evaluates_as_a_cpu(results, chain):
+@pytest.mark.parametrize("way", IN_FLOAT32)
+def test_in_float32_a_gpu_samples_and_evaluates_as_a_cpu(results, chain, way):
     folder = results["folder"]
     for split in ("train", "valid"):
-        here, there = (f"{data}/comparisons.{split}.jsonl" for data in (folder / "float32/data", chain.data))
+        here, there = (f"{data}/comparisons.{split}.jsonl" for data in (folder / way / "data", chain.data))
         assert Path(here).read_text() == Path(there).read_text()
-    assert_close(*(json.loads((folder / place / "out/report.json").read_text()) for place in ("float32", "cpu")))
+    assert_close(*(json.loads((folder / place / "out/report.json").read_text()) for place in (way, "cpu")))
 
 
-def test_in_float32_a_gpu_shows_the_same_tokens_and_numbers(results, capsys):
+@pytest.mark.parametrize("way", IN_FLOAT32)
+def test_in_float32_a_gpu_shows_the_same_tokens_and_numbers(results, capsys, way):
     out = results["folder"] / "cpu/out"
     sample.main(sample.Config(**sample_settings(out, "cpu")))
     number = r"[-+]?\d+\.\d+"
-    here, there = results["float32"]["sample"]["output"], capsys.readouterr().out
-    here, there = (text.replace(str(results["folder"] / place), "") for text, place in ((here, "float32"), (there, "cpu")))
+    here, there = results[way]["sample"]["output"], capsys.readouterr().out
+    here, there = (text.replace(str(results["folder"] / place), "") for text, place in ((here, way), (there, "cpu")))
     assert re.sub(number, "", here).split() == re.sub(number, "", there).split()
     assert [float(x) for x in re.findall(number, here)] == pytest.approx([float(x) for x in re.findall(number, there)], abs=0.011)
 
@@ -204,6 +212,14 @@ def test_in_float32_a_gpu_shows_the_same_tokens_and_numbers(results, capsys):
 
 def test_auto_is_bf16_where_a_gpu_computes_with_it_and_fp16_elsewhere(results):
     assert value(results, "precision_on_each_device") == {"H100": "bf16", "A100": "bf16", "T4": "fp16"}
+
+
+def test_auto_takes_an_nvidia_gpu_then_an_apple_gpu_then_the_cpu(results):
+    assert value(results, "auto_takes_the_gpu_that_is_there") == {"both": "cuda:0", "mps": "mps", "nothing": "cpu"}
+
+
+def test_an_apple_gpu_takes_float32_and_one_process(results):
+    value(results, "an_apple_gpu_takes_float32_and_one_process")
 
 
 def test_the_device_cuda_is_the_gpu_of_this_process(results):

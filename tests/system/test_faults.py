@@ -386,6 +386,7 @@ print(most() - before, sum(tensor.nbytes for tensor in tensors.values()))
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_memory_of_the_tensors_and_little_more(tmp_path):
     common.files.save(tmp_path / "small.pt", {"w": torch.zeros(1)})
     common.files.save(tmp_path / "large.pt", {str(i): torch.zeros(size * 2**18) for i, size in enumerate([100] + [10] * 10)})

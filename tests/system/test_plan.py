@@ -121,7 +121,8 @@ def test_175b_is_computed_without_allocating_it():
     began = time.process_time()
     sizes = plan.plan(config_of("gpt3-175b"), gpus=1024, shard=True, activation_checkpointing=True)
     assert time.process_time() - began < 5
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 100_000  # KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most) * unit < 10**8
     assert 170e9 < sizes["optimizer"] * 1024 / 8 / 2 < 180e9
     assert sizes["policy"] == pytest.approx(4 * 175e9 / 1024, rel=0.02)
 
