@@ -49,6 +49,7 @@ class Config:
     max_new_tokens: int = 48  # the longest response
     batch_size: int = 128  # responses sampled at a time
     seed: int = 0  # of the samples, the choice of labelers, the order of presentation
+    shard: bool = False  # spread each model over the processes (torchrun); while it is sampled from, it is whole
     device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
@@ -57,7 +58,7 @@ class Config:
 
 
 def main(config):
-    runtime = Runtime(RuntimeConfig(device=config.device))
+    runtime = Runtime(RuntimeConfig(device=config.device, shard=config.shard))
     tokenizer = Tokenizer.load(config.data)
     world = built_in_world(config)
     records, validation_records = load_prompts(config, world)
@@ -172,39 +173,34 @@ def sample_responses(models, records, split, config, tokenizer, runtime, world=N
         prompts[name] = readers.encode_prompts(
             [{"prompt": text} for text in texts], tokenizer, model.config.context - config.max_new_tokens - 1,
             f"{config.data}/prompts.{split}.jsonl")
-    jobs = [(name, i) for name in models for i in range(-(-len(records) // config.batch_size))]
-    bar = tqdm(total=len(jobs), desc="sampling", disable=not runtime.is_main)
+    batches = -(-len(records) // config.batch_size)
+    bar = tqdm(total=len(models) * batches, desc="sampling", disable=not runtime.is_main)
 
-    def sample(job):
-        name, i = jobs[job]
+    def sample(name, model, i):
         batch = prompts[name][i * config.batch_size : (i + 1) * config.batch_size]
         uniforms = torch.rand(len(batch), config.max_new_tokens,
                               generator=generator(config.seed, f"respond {name}", i))
-        with runtime.sampling(models[name]):
-            token_ids = generate(models[name], batch, config.max_new_tokens, uniforms)
+        texts = [tokenizer.decode(ids) for ids in generate(model, batch, config.max_new_tokens, uniforms)]
         bar.update(runtime.world_size)
-        texts = [tokenizer.decode(ids) for ids in token_ids]
         return [world.reply_in(text) for text in texts] if name in few_shot else texts
 
-    responses = {name: [] for name in models}
-    for (name, _), texts in zip(jobs, runtime.distribute(len(jobs), sample)):
-        responses[name] += texts
+    responses = {}
+    for name in models:
+        with runtime.sampling(models[name]) as model:
+            responses[name] = sum(runtime.distribute(batches, lambda i: sample(name, model, i)), [])
     bar.close()
     return responses
 
 
 def score_all(reward_models, records, responses, tokenizer, runtime):
     """{reward model: {model: the score of each of its responses}}; ranks share the models."""
-    jobs = [(judge, name) for judge in reward_models for name in responses]
+    names, scores = list(responses), {}
+    for judge, reward_model in reward_models.items():
+        def score(i):
+            with runtime.autocast():
+                return score_responses(reward_model, records, responses[names[i]], tokenizer, runtime.device)
 
-    def score(job):
-        judge, name = jobs[job]
-        with runtime.autocast():
-            return score_responses(reward_models[judge], records, responses[name], tokenizer, runtime.device)
-
-    scores = {judge: {} for judge in reward_models}
-    for (judge, name), numbers in zip(jobs, runtime.distribute(len(jobs), score)):
-        scores[judge][name] = numbers
+        scores[judge] = dict(zip(names, runtime.distribute(len(names), score)))
     return scores
 
 

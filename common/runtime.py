@@ -99,9 +99,15 @@ class Runtime:
             yield (mine, True) if mine else (items[:1], False)
 
     def distribute(self, count, work):
-        """[work(0), ..., work(count - 1)], each computed by one rank and returned on all."""
-        results = self.all_gather([(i, work(i)) for i in range(self.rank, count, self.world_size)])
-        return [result for _, result in sorted(results, key=lambda pair: pair[0])]
+        """[work(0), ..., work(count - 1)], each computed by one rank and returned on all. With --shard, ranks call work equally
+        often, because they gather weights together: one that has none left repeats the last."""
+        results = []
+        for first in range(0, count, self.world_size):
+            i = first + self.rank
+            if i < count or self.config.shard:
+                results.append((i, work(min(i, count - 1))))
+        results = sorted(self.all_gather(results), key=lambda pair: pair[0])
+        return [result for i, result in results if i < count]
 
     # ---- communication
 

@@ -49,6 +49,7 @@ class Config:
     batch_size: int = 256  # prompts at a time
     append: bool = True  # append to existing comparisons, instead of replacing them
     seed: int = 0  # of K, the sources, the samples, the labelers
+    shard: bool = False  # spread each model over the processes (torchrun); while it is sampled from, it is whole
     device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
@@ -83,12 +84,11 @@ def sample(sources, prompts, counts, tokenizer, config, split, batch, runtime):
     texts = [[] for _ in prompts]
     for s, (model, temperature) in enumerate(sources):
         chosen = [j for j, (_, source) in enumerate(jobs) if source == s]
-        if chosen:
-            with runtime.sampling(model):
-                responses = generate(model, [prompts[jobs[j][0]] for j in chosen], config.max_new_tokens,
-                                     uniforms[chosen], temperature)
-            for j, response in zip(chosen, responses):
-                texts[jobs[j][0]].append(tokenizer.decode(response))
+        with runtime.sampling(model) as sampler:
+            responses = generate(sampler, [prompts[jobs[j][0]] for j in chosen], config.max_new_tokens,
+                                 uniforms[chosen], temperature) if chosen else []
+        for j, response in zip(chosen, responses):
+            texts[jobs[j][0]].append(tokenizer.decode(response))
     return texts
 
 
@@ -127,7 +127,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
     `part`, so that a stopped run can be resumed."""
     inputs = sorted({source.split("@")[0] for source in config.sources.split(",")})
     inputs.append(f"{config.data}/prompts.{split}.jsonl")
-    settings = {k: v for k, v in vars(config).items() if k not in ("append", "device")}
+    settings = {k: v for k, v in vars(config).items() if k not in ("append", "device", "shard")}
     signature = json.dumps([settings, [digest(path) for path in inputs]])
     done = read_part(part, signature)
     lines = "\n".join([signature, *map(json.dumps, done)]) + "\n"
@@ -156,7 +156,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
 
 
 def main(config):
-    runtime = Runtime(RuntimeConfig(device=config.device))
+    runtime = Runtime(RuntimeConfig(device=config.device, shard=config.shard))
     tokenizer = Tokenizer.load(config.data)
     lock(config.data, runtime)
     sources = load_sources(config, tokenizer, runtime)

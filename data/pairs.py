@@ -72,6 +72,7 @@ def fingerprint(model):
     """Identifies a model's weights."""
     total = hashlib.sha256()
     for weight in model.state_dict().values():
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # sharded
         total.update(weight.cpu().numpy().tobytes())
     return total.hexdigest()
 

@@ -125,7 +125,11 @@ def alignment_tax(models, config, tokenizer, runtime):
         with runtime.autocast():
             return correct + next_words(model, pages, tokenizer, runtime.device)
 
-    correct = dict(zip(names, runtime.distribute(len(names), answer)))  # {model: one number per item}
+    if runtime.config.shard:  # each model takes all ranks
+        correct = [answer(i) for i in range(len(names))]
+    else:
+        correct = runtime.distribute(len(names), answer)
+    correct = dict(zip(names, correct))  # {model: one number per item}
     groups = [(task["task"], task["context"]) for task in items] + [(NEXT_WORD, document) for document in documents]
 
     def mean_over(chosen, numbers):

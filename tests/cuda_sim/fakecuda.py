@@ -71,7 +71,7 @@ MIXED = "Expected all tensors to be on the same device, but found at least two d
 # Operators that take CPU tensors next to those of CUDA: copies, and indices, which are copied.
 TAKE_BOTH = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default,
              aten.index_put_.default, aten._index_put_impl_.default, aten.lift_fresh.default,
-             aten._has_compatible_shallow_copy_type.default}
+             aten._has_compatible_shallow_copy_type.default, aten.empty_like.default}
 # Operators that take 0-d CPU tensors, as every pointwise one does.
 TAKE_CPU_SCALARS = {"where", "fill_", "masked_fill", "masked_fill_", "lerp", "lerp_"}
 # Operators for which the host waits, because it needs their result, or how large it is.

@@ -203,14 +203,15 @@ def test_responses_are_of_uneven_lengths_so_that_averages_matter(logs):
     assert len(lengths) > 1 and any(0 < line["truncated"] < 1 for line in logs["one"]["ppo"])
 
 
-def test_two_processes_collect_the_same_comparisons_and_write_the_same_report(chain, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_collect_the_same_comparisons_and_write_the_same_report(chain, tmp_path, shard):
     shutil.copytree(chain.data, tmp_path / "data")
     shutil.copytree(chain.out, tmp_path / "out")
     evaluate.main(dataclasses.replace(chain.report, data=str(tmp_path / "data"), out=str(tmp_path / "out")))
     files = [tmp_path / "data/comparisons.train.jsonl", tmp_path / "data/comparisons.valid.jsonl", tmp_path / "out/report.md"]
     before = [path.read_bytes() for path in files]
-    jobs = [("collect", dataclasses.asdict(chain.collecting) | dict(data=str(tmp_path / "data"), append=False)),
-            ("evaluate", dataclasses.asdict(chain.report) | dict(data=str(tmp_path / "data"), out=str(tmp_path / "out")))]
+    jobs = [("collect", dataclasses.asdict(chain.collecting) | dict(data=str(tmp_path / "data"), append=False, shard=shard)),
+            ("evaluate", dataclasses.asdict(chain.report) | dict(data=str(tmp_path / "data"), out=str(tmp_path / "out"), shard=shard))]
     for path in files:
         path.unlink()
     (tmp_path / "driver.py").write_text(DRIVER)
