@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,7 +202,14 @@ def read_log(folder):
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+    """Those of a checkpoint, a file or a folder."""
+    if not path.is_dir():
+        return torch.load(path, weights_only=True)["model"]
+    shapes = torch.load(path / "state.pt", weights_only=True)["shapes"]["model"]
+    model = {name: torch.empty(shape) for name, shape in shapes.items()}
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load({"model": model}, checkpoint_id=path, no_dist=True)
+    return model
 
 
 def same(a, b):
@@ -233,10 +241,7 @@ def load_model(kind, path):
     """The model of a checkpoint, a file or a folder."""
     checkpoint = torch.load(path / "state.pt" if path.is_dir() else path, weights_only=True)
     model = kind(GPTConfig(**checkpoint["model_config"]))
-    if path.is_dir():
-        dcp.load({"model": model.state_dict()}, checkpoint_id=path, no_dist=True)
-    else:
-        model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(weights(path))
     return model.eval()
 
 
