@@ -69,7 +69,8 @@ def test_a_speed_below_its_share_of_what_was_measured_there_fails(a_gpu):
     status, result = a_gpu("decoding", not_measured=())  # the simulated device copies fast, and decodes slowly
     assert status == 1
     assert verdicts(result)["rates"] == [True, True] and verdicts(result)["decoding"] == [False]
-    limit = 8 / gpu.token_seconds(gpu.Setup(gpu.SIMULATED, None, result["bandwidth"], result["rate"]), 8, 64)
+    weights, cache = 2 * (gpu.parameters(gpu.SIMULATED) - 256 * 32), 8 * 64 * 2 * 2 * 32 * 2  # bytes: 2 layers of width 32
+    limit = 8 * result["bandwidth"] / (weights + cache)
     assert result["table"][-1]["limit"] == f"≥ 60.0% of {limit:,.0f}"
 
 
