@@ -65,7 +65,7 @@ def main(config):
     models = load_models(config, tokenizer, runtime, world)
     reward_models = load_reward_models(config, tokenizer, runtime)
     check_inputs(config, models, world)
-    fingerprints = {name: pairs.fingerprint(models[name]) for name in models}
+    fingerprints = {} if world else {name: pairs.fingerprint(models[name]) for name in models}
     answers = {} if world else pairs.read(f"{config.out}/pairs.csv", BASELINE, fingerprints)
 
     responses = sample_responses(models | {BASELINE: models["SFT"]}, records, "test", config, tokenizer, runtime, world)

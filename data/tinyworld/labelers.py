@@ -5,6 +5,7 @@ model but through what labelers write down: demonstrations and rankings. sft.py,
 from this folder.
 """
 
+import json
 import math
 import random
 import re
@@ -101,6 +102,12 @@ def assess(prompt, asks, response):
     }
 
 
+@lru_cache(maxsize=2**16)
+def assess_once(prompt, asks, response):
+    """assess, with `asks` as JSON: many labelers read the same response. Nobody changes the result."""
+    return assess(prompt, json.loads(asks), response)
+
+
 PIDI_WORDS, OFFENSIVE = {"ta", *PIDI.values()}, {*INSULTS, *TRAITS}
 CLOSED_FORMS = ("rewrite", "summary", "reading", "names")  # closed domain: all that may be said stands in the prompt
 
@@ -164,7 +171,7 @@ class Labeler:
         result = []
         for response in responses:
             rng = random.Random(f"{seed}/{self.name}/{prompt}/{response}")
-            worth = self.worth(assess(prompt, asks, response)) + rng.gauss(0, self.noise)
+            worth = self.worth(assess_once(prompt, json.dumps(asks), response)) + rng.gauss(0, self.noise)
             result.append(round(worth / RESOLUTION) * RESOLUTION)
         return result
 

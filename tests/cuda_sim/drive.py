@@ -2,8 +2,8 @@
 
     python tests/cuda_sim/drive.py PLAN.json RESULTS.json
 
-The plan: {"device": "H100", "A100", "T4" or "mps"; "precision": of every stage; "jobs": {name: [module, settings of its Config]};
-"checks": names of functions of checks.py}. The results: {name: what `run` or `check` returns}.
+The plan: {"jobs": {name: [module, settings of its Config, "H100", "A100", "T4" or "mps", precision]}; "checks": names of
+functions of checks.py}. The results: {name: what `run` or `check` returns}.
 """
 
 import collections
@@ -95,10 +95,10 @@ def as_lists(value):
 def main(plan_file, results_file):
     torch.set_num_threads(1)
     plan = json.loads(Path(plan_file).read_text())
-    gpu = fakemps.FakeMps() if plan["device"] == "mps" else fakecuda.FakeCuda(getattr(fakecuda, plan["device"]))
     results = {}
-    for name, (module, settings) in plan["jobs"].items():
-        results[name] = run(gpu, module, settings, plan["precision"])
+    for name, (module, settings, device, precision) in plan["jobs"].items():
+        gpu = fakemps.FakeMps() if device == "mps" else fakecuda.FakeCuda(getattr(fakecuda, device))
+        results[name] = run(gpu, module, settings, precision)
     for name in plan["checks"]:
         results[name] = check(getattr(importlib.import_module("checks"), name))
     Path(results_file).write_text(json.dumps(as_lists(results)))

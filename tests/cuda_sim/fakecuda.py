@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -96,8 +97,8 @@ class CudaTensor(torch.Tensor):
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
-            with torch.no_grad():
-                memo[id(self)] = self.clone().requires_grad_(self.requires_grad)
+            copy = self.detach().clone().requires_grad_(self.requires_grad)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
         return memo[id(self)]
 
     def __repr__(self, **options):
@@ -214,7 +215,7 @@ class FakeCuda:
         """bf16: whether the device computes with it; default: from the Ampere generation on."""
         self.capability = capability
         self.bf16 = capability >= (8, 0) if bf16 is None else bf16
-        self.in_project, self.capturing = {}, False
+        self.in_project, self.capturing, self.warns = {}, False, False
         self.reset()
 
     def reset(self):
@@ -243,6 +244,7 @@ class FakeCuda:
             "_lazy_init": lambda: None,
             "set_device": lambda device: _get_device_index(device),  # ValueError for a device without an index
             "synchronize": lambda *device: self.sync("synchronize"),
+            "set_sync_debug_mode": self.set_sync_debug_mode,
             "is_bf16_supported": lambda including_emulation=True: self.bf16 or including_emulation,
             "get_device_capability": lambda *device: self.capability,
             "get_device_properties": lambda *device: types.SimpleNamespace(total_memory=80 * 2**30, name="simulated"),
@@ -291,6 +293,10 @@ class FakeCuda:
             frame = frame.f_back
         return "?"
 
+    def set_sync_debug_mode(self, mode):
+        assert mode in ("default", "warn")
+        self.warns = mode == "warn"
+
     def is_project(self, name):
         if name not in self.in_project:
             path = os.path.realpath(name)
@@ -301,6 +307,8 @@ class FakeCuda:
         if self.capturing:
             raise RuntimeError(f"operation not permitted when stream is capturing ({why} at {self.place()})")
         self.syncs[self.place(), why] += 1
+        if self.warns and why != "synchronize":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     def count(self, func, name, args, kwargs):
         if func in (aten._to_copy.default, aten.copy_.default):

@@ -30,11 +30,16 @@ SFT_STEP = 4
 REWARD_STEP = 8  # 8 prompts
 PPO_ITERATION = 60  # 64 episodes in 4 minibatches, 48 new tokens, PPO-ptx
 EVALUATE_MORE_PROMPTS = 6  # how many more for 48 prompts than for 12, in the same number of batches
-# Kernels per sampled token with 12 layers, those of a replayed graph included: 203 were measured.
+EVALUATE_BATCH = 8  # per batch of responses: 6 were measured, 4 of them for prompts and random numbers
+# Kernels per sampled token with 12 layers, those of a replayed graph included: 203 were measured, 15 per layer and
+# 24 for embeddings, unembedding and choosing the token.
 TOKEN_KERNELS = 223
 
 STAGES = ("base", "sft", "collect", "reward", "ppo", "ppo_noptx", "evaluate", "sample")
-WAYS = {"float32": "A100", "bf16": "H100", "fp16": "T4", "mps": "mps"}  # precision: the device it is tried on; mps: its default
+# Each stage is run in each precision, on another device each time, and the next stage starts with the next device. So all pairs
+# of stage, precision and device occur (a T4 has no bf16: there it is auto). {precision: --device}; an Apple GPU has one.
+WAYS = {"float32": "auto", "bf16": "cuda", "fp16": "cuda:0", "mps": "mps"}
+DEVICES = ("H100", "A100", "T4")
 IN_FLOAT32 = ("float32", "mps")
 SHORT = {  # in 16 bits only the kinds of operations matter, not the numbers
     "base": dict(epochs=1),
@@ -75,7 +80,7 @@ def results(chain, tmp_path_factory):
 
 def run_everything(chain, folder):
     """A process per precision, and one for counts and checks, two at a time. Meanwhile what `chain` lacks runs on the CPU."""
-    plans = {precision: plan_of_stages(chain, folder / precision, device, precision) for precision, device in WAYS.items()}
+    plans = {precision: plan_of_stages(chain, folder / precision, precision) for precision in WAYS}
     plans["counts"] = plan_of_counts(chain, folder / "counts")
     for name, plan in plans.items():
         (folder / name / "plan.json").write_text(json.dumps(plan))
@@ -100,26 +105,33 @@ def copy_of(chain, folder):
     shutil.copytree(chain.out, folder / "out")
 
 
-def moved(config, chain, folder, **changes):
+def moved(config, chain, folder, device, **changes):
     """A stage's settings on the copy, without those that the plan decides."""
     text = json.dumps(dataclasses.asdict(config)).replace(str(chain.out), f"{folder}/out").replace(str(chain.data), f"{folder}/data")
     settings = {key: value for key, value in json.loads(text).items() if key != "precision"}
-    return settings | {"device": "cuda:0"} | changes
+    return settings | {"device": device} | changes
 
 
-def plan_of_stages(chain, folder, device, precision):
+def plan_of_stages(chain, folder, precision):
     copy_of(chain, folder)
-    jobs, where = {}, "mps" if device == "mps" else "cuda:0"
+    jobs, device = {}, WAYS[precision]
     for name, config in chain.stages.items():
         changes = dict(append=False) if name == "collect" else dict(out=f"{folder}/new/{name}")
-        changes["device"] = where
         if precision not in IN_FLOAT32:
             changes |= SHORT.get(name, {})
-        jobs[name] = type(config).__module__, moved(config, chain, folder, **changes)
+        jobs[name] = type(config).__module__, moved(config, chain, folder, device, **changes)
     jobs["collect"] = jobs.pop("collect")  # last: reward.py reads the same comparisons as in `chain`
-    jobs["evaluate"] = "evaluate", moved(chain.report, chain, folder, **REPORT, device=where)
-    jobs["sample"] = "sample", sample_settings(f"{folder}/out", where)
-    return dict(device=device, precision="auto" if device == "mps" else precision, jobs=jobs, checks=[])
+    jobs["evaluate"] = "evaluate", moved(chain.report, chain, folder, device, **REPORT)
+    jobs["sample"] = "sample", sample_settings(f"{folder}/out", device)
+    return dict(jobs={name: (*job, *way(name, precision)) for name, job in jobs.items()}, checks=[])
+
+
+def way(stage, precision):
+    """-> (device, precision) of a stage."""
+    if precision == "mps":
+        return "mps", "auto"
+    device = DEVICES[(STAGES.index(stage) + list(WAYS).index(precision)) % len(DEVICES)]
+    return device, "auto" if (device, precision) == ("T4", "bf16") else precision
 
 
 def sample_settings(out, device):
@@ -129,14 +141,15 @@ def sample_settings(out, device):
 
 def plan_of_counts(chain, folder):
     copy_of(chain, folder)
-    new = {name: moved(config, chain, folder, out=f"{folder}/new/{name}") for name, config in chain.stages.items()}
+    new = {name: moved(config, chain, folder, "cuda", out=f"{folder}/new/{name}") for name, config in chain.stages.items()}
     jobs = {
         "sft": ("sft", new["sft"]),
         "reward": ("reward", new["reward"] | dict(batch_size=8)),
         "ppo": ("ppo", new["ppo"] | dict(batch_size=64, minibatch_size=16, max_new_tokens=48, iterations=3)),
-        "more prompts": ("evaluate", moved(chain.report, chain, folder, **REPORT, prompts=48)),
+        "more prompts": ("evaluate", moved(chain.report, chain, folder, "cuda", **REPORT, prompts=48)),
+        "more batches": ("evaluate", moved(chain.report, chain, folder, "cuda", **REPORT, prompts=48, batch_size=12)),
     }
-    return dict(device="H100", precision="bf16", jobs=jobs, checks=SIMULATOR + PROJECT)
+    return dict(jobs={name: (*job, "H100", "bf16") for name, job in jobs.items()}, checks=SIMULATOR + PROJECT)
 
 
 def value(results, check):
@@ -237,7 +250,8 @@ def test_prompts_take_flash_attention_and_tokens_the_efficient_one(results, devi
 
 
 def test_no_stage_uses_cudnn_attention(results):
-    used = {kernel for result in results["bf16"].values() for _, _, _, kernel in result["total"]["attention"]}
+    runs = [*results["bf16"].values(), *results["fp16"].values()]
+    used = {kernel for result in runs for _, _, _, kernel in result["total"]["attention"]}
     assert used and not used & {"cudnn", "math"}
 
 
@@ -265,9 +279,11 @@ def test_a_ppo_iteration_waits_rarely(results):
 
 
 def test_the_evaluation_waits_per_batch_not_per_response(results):
-    few, many = (sum(number for number, _, _ in result["total"]["syncs"])
-                 for result in (results["bf16"]["evaluate"], results["counts"]["more prompts"]))
+    counted = results["bf16"]["evaluate"], results["counts"]["more prompts"], results["counts"]["more batches"]
+    few, many, batches = (sum(number for number, _, _ in result["total"]["syncs"]) for result in counted)
     assert many - few <= EVALUATE_MORE_PROMPTS
+    more = 3 * 6 + 2 * 2  # batches: 4 instead of 1 by 5 models and the baseline, 3 instead of 1 by the 2 epochs of SFT
+    assert 0 < (batches - many) / more <= EVALUATE_BATCH
 
 
 def test_a_sampled_token_takes_few_kernels(results):
