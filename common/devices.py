@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.config import UserError
+from common.config import Others, UserError
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products
 
@@ -59,16 +59,21 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def start_process_group(world_size, device):
+def join(world_size):
+    """Connect to the store through which the processes find each other."""
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("--shard spreads a model over processes: start it with torchrun")
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    store, Others.rank, Others.world_size = next(dist.rendezvous("env://"))
     # After a restart by torchrun the store still has the addresses of the dead ranks: use another prefix.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    Others.store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    Others.store.set_timeout(timedelta(minutes=10))
+
+
+def start_process_group(device):
     gpu = device.type == "cuda"
     # Numbers that are on the CPU are summed there by gloo. Two hours: the others wait while one rank downloads or saves.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(hours=2), device_id=device if gpu else None)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=Others.store, rank=Others.rank,
+                            world_size=Others.world_size, timeout=timedelta(hours=2), device_id=device if gpu else None)
     atexit.register(stop_process_group)
 
 

@@ -43,8 +43,7 @@ class Run:
         self.parts, self.data, self.may_resume = parts or {}, str(getattr(config, "data", "")), getattr(config, "resume", True)
         self.learners = {name: part for name, part in self.parts.items() if isinstance(part, Learner)}
         self.save_interval, self.pause, self.saved_at = save_interval, save_interval, time.monotonic()
-        self.inputs = {str(path): files.digest(path) for path in inputs}
-        runtime.check_same({"version of PyTorch": torch.__version__, **self.inputs})
+        self.inputs = runtime.check_same_files(inputs)
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESUMABLE_CHANGES}
         for path in map(Path, inputs):
             if path.suffix == ".pt" and self.folder.resolve() in path.resolve().parents:
@@ -111,8 +110,7 @@ class Run:
                 break
             except (ValueError, KeyError, TypeError):
                 found = "damaged"
-        if len(set(self.runtime.all_gather([found]))) > 1:
-            raise UserError(f"{self.folder}: not all processes find the same resume.pt there; give them a folder that they share")
+        self.runtime.check_same({f"{self.folder}/resume.pt": found}, "give all processes the same folder")
         if found == "damaged":
             raise UserError(f"{paths[0]} is damaged; --no-resume starts over")
         if not state:

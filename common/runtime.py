@@ -7,17 +7,19 @@ import atexit
 import contextlib
 import os
 import platform
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from common import layers, onednn
-from common.config import UserError
+from common import files, layers, onednn
+from common.config import Disagreement, Others, UserError
 from common.decoding import RecordedSteps
-from common.devices import PRECISIONS, choose_device, choose_dtype, start_process_group
+from common.devices import PRECISIONS, choose_device, choose_dtype, join, start_process_group
 from model import GPT
 
 
@@ -49,14 +51,20 @@ RESUMABLE_CHANGES = {field.name for field in fields(RuntimeConfig)} - {"precisio
 class Runtime:
     """Rank, device and precision of this process, and communication with the others."""
 
-    def __init__(self, config=RuntimeConfig()):
+    def __init__(self, config=RuntimeConfig(), settings=None):
+        """settings: the script's Config, if it is not `config`. All ranks must have the same."""
         self.config = config
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        first = (self.world_size > 1 or config.shard) and not dist.is_initialized()
+        if first:
+            join(self.world_size)
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
-        if (self.world_size > 1 or config.shard) and not dist.is_initialized():
-            start_process_group(self.world_size, self.device)
+        self.check_same({"version of PyTorch": torch.__version__, "kind of device": self.device.type,
+                         "precision": str(self.dtype), **loaded_code(), **settings_and_sizes(settings or config)})
+        if first:
+            start_process_group(self.device)
         if config.shard:
             self.mesh = init_device_mesh(self.device.type, (self.world_size,))
             atexit.register(self.mesh._pg_registry.clear)  # else DTensor's caches keep the mesh, and it keeps the group
@@ -127,13 +135,31 @@ class Runtime:
         self.barrier()
         return result if self.local_rank == 0 else work()
 
-    def check_same(self, facts):
-        """UserError if {name: value} differs between the ranks, for example because one machine has other files."""
-        (first_machine, first), *others = self.all_gather([(platform.node(), facts)])
+    def check_same(self, facts, advice="all processes need the same"):
+        """UserError if {name: value} differs between the ranks, for example because one machine has other files. None: it has
+        none. Before there is a process group, facts go through torchrun's store."""
+        if self.world_size > 1 and not dist.is_initialized():
+            Others.tell(facts)
+            by_rank = Others.hear()
+        else:
+            by_rank = self.all_gather([(f"{platform.node()} (rank {self.rank})", facts)])
+        (first_machine, first), *others = by_rank
+        for machine, theirs in by_rank:
+            if "error" in theirs:
+                raise Disagreement(f"{machine}: {theirs['error']}")
         for machine, theirs in others:
-            for name in first:
-                if theirs.get(name) != first[name]:
-                    raise UserError(f"{machine} has another {name} than {first_machine}; all processes need the same")
+            for name in first | theirs:
+                if (a := first.get(name)) != (b := theirs.get(name)):
+                    with_it, without = (machine, first_machine) if a is None else (first_machine, machine)
+                    difference = (f"{without} has no {name}, unlike {with_it}" if None in (a, b) else
+                                  f"{machine} has another {name} than {first_machine}")
+                    raise Disagreement(f"{difference}; {advice}")
+
+    def check_same_files(self, paths):
+        """UserError if the contents of these files differ between the ranks, or only some have one. -> {path: digest}"""
+        digests = {str(path): files.digest(path) if os.path.exists(path) else None for path in paths}
+        self.check_same(digests)
+        return digests
 
     def barrier(self):
         if self.world_size > 1:
@@ -185,6 +211,22 @@ class Runtime:
             else:
                 with onednn.packed(model):
                     yield None
+
+
+def loaded_code():
+    """{file: digest} of the project's modules that are imported."""
+    root = Path(__file__).resolve().parents[1]
+    paths = {Path(getattr(module, "__file__", None) or "").resolve() for module in list(sys.modules.values())}
+    return {str(path.relative_to(root)): files.digest(path) for path in sorted(paths)
+            if path.is_relative_to(root) and path.is_file() and "site-packages" not in path.parts}
+
+
+def settings_and_sizes(config):
+    """{setting: value} without --device, and {file: bytes} of the files that they name."""
+    settings = {name: value for name, value in asdict(config).items() if name != "device"}
+    named = [value for value in settings.values() if isinstance(value, str)]
+    return ({f"--{name}": value for name, value in settings.items()} |
+            {path: os.path.getsize(path) if os.path.isfile(path) else None for path in named})  # None: no file
 
 
 def default_logits_memory(device):

@@ -21,7 +21,7 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.config import UserError, launch
-from common.files import digest, lock, unlock, write_atomically
+from common.files import lock, unlock, write_atomically
 from common.run import load_model, progress_bar
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
@@ -127,10 +127,10 @@ def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
     inputs = sorted({source.split("@")[0] for source in config.sources.split(",")})
     inputs.append(f"{config.data}/prompts.{split}.jsonl")
     settings = {k: v for k, v in vars(config).items() if k not in ("append", "device")}
-    signature = json.dumps([settings, [digest(path) for path in inputs]])
+    signature = json.dumps([settings, list(runtime.check_same_files(inputs).values())])
     done = read_part(part, signature)
+    runtime.check_same({str(part): len(done)}, "all processes need the same folder")
     lines = "\n".join([signature, *map(json.dumps, done)]) + "\n"
-    runtime.barrier()  # all ranks have read it
     if runtime.is_main:
         write_atomically(part, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     batches = -(-len(records) // config.batch_size)
@@ -155,7 +155,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
 
 
 def main(config):
-    runtime = Runtime(RuntimeConfig(device=config.device))
+    runtime = Runtime(RuntimeConfig(device=config.device), config)
     tokenizer = Tokenizer.load(config.data)
     lock(config.data, runtime)
     sources = load_sources(config, tokenizer, runtime)

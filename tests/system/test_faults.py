@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import platform
 import random
 import re
 import resource
@@ -550,7 +551,8 @@ def test_ranks_that_find_different_resume_files_all_refuse_to_go_on(letters, eve
     for other in ("nothing", "damaged"):
         folders = [letters.out / "one", letters.out / other]
         assert on_two_ranks(config, folders) == [
-            f"{folder}: not all processes find the same resume.pt there; give them a folder that they share" for folder in folders]
+            f"{platform.node()} (rank 1) has no {folders[0]}/resume.pt, unlike {platform.node()} (rank 0); "
+            "give all processes the same folder"] * 2
 
 
 # ---------------------------------------------------------------- asked to stop
