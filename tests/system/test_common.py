@@ -400,16 +400,12 @@ def test_a_checkpoint_says_what_the_next_stage_must_know(letters):
     assert checkpoint["model_config"]["width"] == 16
 
 
-def test_micro_batches_hold_rows_of_like_length_and_every_rank_has_as_many(monkeypatch):
+def test_micro_batches_hold_rows_of_like_length_and_every_rank_has_as_many():
     rows = ["aaaa", "b", "ccc", "dd", "eeeee", "f", "gg"]  # of 14 in all, on two ranks
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        runtime = Runtime(RuntimeConfig(device="cpu", micro_batch=3))
-        assert runtime.micro_batches(rows, 14, len) == [["b", "f"], ["dd", "gg"], ["ccc", "aaaa", "eeeee"]]
-        runtime = cpu()
-        assert runtime.micro_batches(rows, 14, len) == [rows]
+    for rank in (0, 1):
+        for runtime, expected in ((cpu(micro_batch=3), [["b", "f"], ["dd", "gg"], ["ccc", "aaaa", "eeeee"]]), (cpu(), [rows])):
+            runtime.rank, runtime.world_size = rank, 2
+            assert runtime.micro_batches(rows, 14, len) == expected
 
 
 # ---------------------------------------------------------------- seeds, and published settings
