@@ -58,13 +58,13 @@ class Config:
 
 
 def main(config):
-    runtime = Runtime(RuntimeConfig(device=config.device, shard=config.shard))
+    runtime = Runtime(RuntimeConfig(device=config.device, shard=config.shard), config)
     tokenizer = Tokenizer.load(config.data)
     world = built_in_world(config)
     records, validation_records = load_prompts(config, world)
     models = load_models(config, tokenizer, runtime, world)
     reward_models = load_reward_models(config, tokenizer, runtime)
-    check_inputs(config, models, world)
+    check_inputs(config, models, runtime, world)
     fingerprints = {} if world else {name: pairs.fingerprint(models[name]) for name in models}
     answers = {} if world else pairs.read(f"{config.out}/pairs.csv", BASELINE, fingerprints)
 
@@ -151,8 +151,11 @@ def load_reward_models(config, tokenizer, runtime):
     return reward_models
 
 
-def check_inputs(config, models, world):
-    """UserError if something is missing that is read only after minutes of sampling."""
+def check_inputs(config, models, runtime, world):
+    """UserError if something is missing that is read only after minutes of sampling, or differs between the machines."""
+    runtime.check_same_files([*Path(config.data).glob("*.jsonl"), f"{config.data}/pretrain.valid.bin", config.judge,
+                              *Path(config.out).glob("sft/epoch*.pt"), f"{config.out}/reward/model.pt",
+                              *(f"{config.out}/{entry.run}/{name}" for entry in MODELS for name in ("model.pt", "log.jsonl"))])
     if world:
         world.check_judges(config.judges)
         readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged")

@@ -149,7 +149,7 @@ def main(config):
     seen = {labeler for _, _, labeler in train}
     steps_per_epoch = batches.steps_per_epoch(train, config)
     learner = Learner(model, config.lr, runtime)
-    inputs = [config.init, demonstrations_file, f"{config.data}/comparisons.train.jsonl"]
+    inputs = [config.init, *(f"{config.data}/{name}.jsonl" for name in batches.REWARD_DATA)]
     run = Run(config, runtime, tokenizer, inputs, {"model": learner})
     run.print(f"{config.epochs} epochs x {steps_per_epoch} steps x {config.batch_size} prompts; "
               f"{len(train):,} prompts, {len(seen)} labelers")

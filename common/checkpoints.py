@@ -50,13 +50,11 @@ def tensors(parts, runtime):
     """Those of {name: model or Learner}, for `save`."""
     result = {}
     for name, part in parts.items():
-        if isinstance(part, Learner):
-            result[name] = model_tensors(part.model, runtime)
-            if part.optimizer.state:  # asking PyTorch for it before the first step would take a step
-                options = PARTS if runtime.config.shard else WHOLE
-                result[f"{name} optimizer"] = get_optimizer_state_dict(part.model, part.optimizer, options=options)["state"]
-        else:
-            result[name] = model_tensors(part, runtime)
+        learner = part if isinstance(part, Learner) else None
+        result[name] = model_tensors(learner.model if learner else part, runtime)
+        if learner and learner.optimizer.state:  # asking PyTorch for it before the first step would take a step
+            options = PARTS if runtime.config.shard else WHOLE
+            result[f"{name} optimizer"] = get_optimizer_state_dict(part.model, part.optimizer, options=options)["state"]
     return result
 
 
@@ -150,11 +148,10 @@ class PlainUnpickler(pickle.Unpickler):
 
 def restore(name, part, state, path):
     """Load what `tensors` and `Learner.state` gave for a model or a Learner; `state` is what `read` gave for `path`."""
-    if not isinstance(part, Learner):
-        restore_model(name, part, state, path)
-        return
-    restore_model(name, part.model, state, path)
-    part.load_state(state[f"{name} learner"])
+    is_learner = isinstance(part, Learner)
+    restore_model(name, part.model if is_learner else part, state, path)
+    if is_learner:
+        part.load_state(state[f"{name} learner"])
     if f"{name} optimizer" in state:
         restore_optimizer(f"{name} optimizer", part, state, path)
 

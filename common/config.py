@@ -1,10 +1,13 @@
 """The command line of every script, and how errors and Ctrl-C end it."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -15,6 +18,10 @@ from typing import get_type_hints
 
 class UserError(Exception):
     """An error that the user can fix: printed on one line, exit status 2."""
+
+
+class Disagreement(UserError):
+    """The processes of a run differ: all of them raise this."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +93,8 @@ def guard(work):
     try:
         work()
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without write permission
+        if not isinstance(error, Disagreement):
+            Others.tell({"error": str(error)})
         print(f"{name}: {error}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
@@ -93,6 +102,9 @@ def guard(work):
               file=sys.stderr)
         leave(130)
     except Exception:
+        if error := Others.error():  # this one is a lost connection only
+            print(f"{name}: {error}", file=sys.stderr)
+            leave(2)
         traceback.print_exc()
         leave(1)
 
@@ -107,14 +119,44 @@ def leave(status):
     sys.exit(status)
 
 
+class Others:
+    """The processes of this run, and what each of them told last through torchrun's store: {name: value}, or the error that
+    ends it. The store works before the process group does, and after a process left it."""
+
+    store, rank, world_size = None, 0, 1  # set by devices.join
+
+    @classmethod
+    def tell(cls, facts):
+        if cls.store:
+            with contextlib.suppress(RuntimeError):  # torchrun has ended
+                cls.store.set(f"rank {cls.rank}", json.dumps([f"{platform.node()} (rank {cls.rank})", facts]))
+                cls.store.get(f"rank {cls.rank}")  # waits until it has arrived
+
+    @classmethod
+    def hear(cls):
+        """[(machine and rank, what it told)] of all ranks. Waits for those that told nothing yet."""
+        keys = [f"rank {rank}" for rank in range(cls.world_size)]
+        try:
+            return [json.loads(text) for text in cls.store.multi_get(keys)]
+        except RuntimeError:
+            missing = [key for key in keys if not cls.store.check([key])]
+            raise UserError(f"{', '.join(missing)} did not start within ten minutes: see the messages there") from None
+
+    @classmethod
+    def error(cls):
+        """The error that ended another process, and where; None if there is none."""
+        with contextlib.suppress(RuntimeError, AttributeError, UserError):
+            return next((f"{machine}: {facts['error']}" for machine, facts in cls.hear() if "error" in facts), None)
+
+
 class Interrupt:
-    """Ctrl-C or SIGTERM. During a Run the current step is finished and saved first (Run.checkpoint). A second signal, or one
-    at any other time, stops at once."""
+    """Ctrl-C or SIGTERM. During a Run the current step is finished and saved first (Run.checkpoint). A second Ctrl-C, or any
+    signal at another time, stops at once. A second SIGTERM does not: Slurm and torchrun each send one."""
 
     waiting = asked = False  # a Run is in progress; a signal came
 
     @classmethod
     def take(cls, number, frame):
-        if not cls.waiting or cls.asked:
+        if not cls.waiting or cls.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         cls.asked = True

@@ -1,14 +1,9 @@
-"""Which device and precision a process computes with, and how processes start and stop talking to each other."""
+"""Which device and precision a process computes with."""
 
-import atexit
 import contextlib
 import ctypes
-import gc
-import os
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from common.config import UserError
 
@@ -63,26 +58,3 @@ def configure_malloc(shard):
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         for parameter, value in settings.items():
             ctypes.CDLL(None).mallopt(parameter, value)
-
-
-def start_process_group(world_size, device):
-    if device.type == "mps":
-        raise UserError("--device mps: an Apple GPU computes in one process, without --shard; several take --device cpu")
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("--shard spreads a model over processes: start it with torchrun")
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    # After a restart by torchrun the store still has the addresses of the dead ranks: use another prefix.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    gpu = device.type == "cuda"
-    # Numbers that are on the CPU are summed there by gloo. Two hours: the others wait while one rank downloads or saves.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size,
-                            timeout=timedelta(hours=2), device_id=device if gpu else None)
-    atexit.register(stop_process_group)
-
-
-def stop_process_group():
-    """At a successful exit (see config.leave). gloo's threads live as long as anything refers to the group; one that is still
-    alive while Python shuts down sometimes aborts the process (SIGABRT)."""
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -121,12 +121,15 @@ def lock(folder, runtime):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS[name] = handle
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             taken.append(name)
+        except OSError:  # a file system without locks
+            os.close(handle)
     if runtime.all_gather(taken):
         raise UserError(f"{folder} is being written by another run")
 
 
 def unlock(folder):
-    os.close(LOCKS.pop(Path(folder).resolve()))
+    if handle := LOCKS.pop(Path(folder).resolve(), None):
+        os.close(handle)

@@ -10,12 +10,10 @@ With --shard, checkpoints are folders of the same names (common/checkpoints.py).
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from common import checkpoints, files
@@ -28,7 +26,8 @@ class Run:
     """One run's folder. Only rank 0 writes.
 
     `inputs` are the files that the run starts from: a resume.pt made from other contents is refused. `parts` are {name: model
-    or Learner}, saved and restored together; a run may resume with another number of processes. resume.pt stores the lengths of log and samples: on resume, lines written after the checkpoint are truncated.
+    or Learner}, saved and restored together; a run may resume with another number of processes. resume.pt stores the lengths
+    of log and samples: on resume, lines written after the checkpoint are truncated.
 
     A model.pt never stands next to the log of another run: a run that starts over moves the files of a finished one to
     before/, and removes them when it is finished itself."""
@@ -38,8 +37,7 @@ class Run:
         self.parts, self.data, self.may_resume = parts or {}, str(getattr(config, "data", "")), getattr(config, "resume", True)
         self.learners = {name: part for name, part in self.parts.items() if isinstance(part, Learner)}
         self.save_interval, self.pause, self.saved_at = save_interval, save_interval, time.monotonic()
-        self.inputs = {str(path): files.digest(path) for path in inputs}
-        runtime.check_same({"version of PyTorch": torch.__version__, **self.inputs})
+        self.inputs = runtime.check_same_files(inputs)
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESUMABLE_CHANGES}
         for path in map(Path, inputs):
             if path.suffix == ".pt" and self.folder.resolve() in path.resolve().parents:
@@ -88,19 +86,17 @@ class Run:
     def last_state(self):
         """The newest undamaged resume file -> its path and contents; None, None if there is none. All ranks must find the same
         one; only then a damaged one is renamed, so that a slow rank finds the same files as the others."""
-        damaged, all_gather = [], self.runtime.all_gather
+        damaged = []
         for path in (self.folder / "resume.pt", self.folder / "resume.before.pt"):
-            exists = all_gather([path.exists()])
-            if not any(exists):
+            self.runtime.check_same({str(path): path.exists() or None}, "give all processes the same folder")
+            if not path.exists():
                 continue
             try:
-                state = checkpoints.read(path, self.runtime) if all(exists) else {}
+                state = checkpoints.read(path, self.runtime)
                 config, inputs, found = state["config"], state["inputs"], state["step"]
             except (ValueError, KeyError, TypeError):
                 found = "damaged"
-            if not all(exists) or len(set(all_gather([found]))) > 1:
-                raise UserError(f"{self.folder}: not all processes find the same resume.pt there; give them a folder that they "
-                                "share")
+            self.runtime.check_same({str(path): found}, "give all processes the same folder")
             if found != "damaged":
                 break
             damaged.append(path)

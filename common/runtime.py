@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from common import layers, onednn, sharding
-from common.config import UserError
+from common import files, layers, onednn, sharding
+from common.config import Disagreement, Others, UserError
 from common.decoding import RecordedSteps
-from common.devices import PRECISIONS, choose_device, choose_dtype, configure_malloc, start_process_group
+from common.devices import PRECISIONS, choose_device, choose_dtype, configure_malloc
+from common.processes import join, loaded_code, settings_and_sizes, start_process_group
 from model import GPT
 
 
@@ -50,16 +51,22 @@ RESUMABLE_CHANGES = {field.name for field in fields(RuntimeConfig)} - {"precisio
 class Runtime:
     """Rank, device and precision of this process, and communication with the others."""
 
-    def __init__(self, config=RuntimeConfig()):
+    def __init__(self, config=RuntimeConfig(), settings=None):
+        """settings: the script's Config, if it is not `config`. All ranks must have the same."""
         self.config = config
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        first = (self.world_size > 1 or config.shard) and not dist.is_initialized()
+        if first:
+            join(self.world_size)
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
+        self.check_same({"version of PyTorch": torch.__version__, "kind of device": self.device.type,
+                         "precision": str(self.dtype), **loaded_code(), **settings_and_sizes(settings or config)})
         if self.device.type == "cpu":
             configure_malloc(config.shard)
-        if (self.world_size > 1 or config.shard) and not dist.is_initialized():
-            start_process_group(self.world_size, self.device)
+        if first:
+            start_process_group(self.device)
         if config.shard:
             self.mesh = init_device_mesh(self.device.type, (self.world_size,))
             atexit.register(self.mesh._pg_registry.clear)  # else DTensor's caches keep the mesh, and it keeps the group
@@ -138,13 +145,35 @@ class Runtime:
         self.barrier()
         return result if self.local_rank == 0 else work()
 
-    def check_same(self, facts):
-        """UserError if {name: value} differs between the ranks, for example because one machine has other files."""
-        (first_machine, first), *others = self.all_gather([(platform.node(), facts)])
+    def check_same(self, facts, advice="all processes need the same"):
+        """UserError if {name: value} differs between the ranks, for example because one machine has other files. None: it has
+        none. A rank that gives no facts is not asked. Before there is a process group, facts go through torchrun's store.
+        Returns the facts."""
+        if self.world_size > 1 and not dist.is_initialized():
+            Others.tell(facts)
+            by_rank = Others.hear()
+        else:
+            by_rank = self.all_gather([(f"{platform.node()} (rank {self.rank})", facts)])
+        (first_machine, first), *others = [(machine, theirs) for machine, theirs in by_rank if theirs is not None]
+        for machine, theirs in [(first_machine, first), *others]:
+            if "error" in theirs:
+                raise Disagreement(f"{machine}: {theirs['error']}")
         for machine, theirs in others:
-            for name in first:
-                if theirs.get(name) != first[name]:
-                    raise UserError(f"{machine} has another {name} than {first_machine}; all processes need the same")
+            for name in first | theirs:
+                a, b = first.get(name), theirs.get(name)
+                if a is None and b is not None:
+                    raise Disagreement(f"{first_machine} has no {name}, unlike {machine}; {advice}")
+                if b is None and a is not None:
+                    raise Disagreement(f"{machine} has no {name}, unlike {first_machine}; {advice}")
+                if a != b:
+                    raise Disagreement(f"{machine} has another {name} than {first_machine}; {advice}")
+        return first
+
+    def check_same_files(self, paths):
+        """UserError if the contents of these files differ between the machines, or only some have one. -> {path: digest}"""
+        if self.local_rank > 0:  # one process per machine reads them
+            return self.check_same(None)
+        return self.check_same({str(path): files.digest(path) if os.path.exists(path) else None for path in paths})
 
     def barrier(self):
         if self.world_size > 1:

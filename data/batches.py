@@ -7,6 +7,8 @@ from common.config import UserError
 from common.seeds import generator
 from data import readers
 
+REWARD_DATA = ("demonstrations.train", "comparisons.train", "comparisons.valid")
+
 
 def shuffled(items, count, i, seed, purpose, epoch):
     """Batch i of `count` items, in the epoch's random order."""
@@ -23,13 +25,14 @@ class SFTData:
         if config.pretrain_mix < 1:
             self.demonstrations = load_demonstrations(config.data, "train", tokenizer, context)
             self.valid = load_demonstrations(config.data, "valid", tokenizer, context)
-            self.files.append(f"{config.data}/demonstrations.train.jsonl")
+            self.files += [f"{config.data}/demonstrations.{split}.jsonl" for split in ("train", "valid")]
         if config.pretrain_mix:
             self.text = readers.PretrainingText(f"{config.data}/pretrain.train.bin", tokenizer, context)
             self.files.append(f"{config.data}/pretrain.train.bin")
         if config.pretrain_mix == 1:
             held_out = readers.PretrainingText(f"{config.data}/pretrain.valid.bin", tokenizer, context)
             self.valid = held_out.pairs(range(min(len(held_out), 500)))
+            self.files.append(f"{config.data}/pretrain.valid.bin")
         self.demonstration_rows = config.batch_size - config.pretrain_rows
         rows = len(self.demonstrations or self.text)
         self.steps_per_epoch = rows // (self.demonstration_rows or config.batch_size)

@@ -22,7 +22,7 @@ import torch
 
 from common.checkpoints import load_model
 from common.config import UserError, launch
-from common.files import digest, lock, unlock, write_atomically
+from common.files import lock, unlock, write_atomically
 from common.run import progress_bar
 from common.runtime import Runtime, RuntimeConfig
 from common.seeds import generator
@@ -128,10 +128,10 @@ def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
     inputs = sorted({source.split("@")[0] for source in config.sources.split(",")})
     inputs.append(f"{config.data}/prompts.{split}.jsonl")
     settings = {k: v for k, v in vars(config).items() if k not in ("append", "device", "shard")}
-    signature = json.dumps([settings, [digest(path) for path in inputs]])
+    signature = json.dumps([settings, list(runtime.check_same_files(inputs).values())])
     done = read_part(part, signature)
+    runtime.check_same({str(part): len(done)}, "all processes need the same folder")
     lines = "\n".join([signature, *map(json.dumps, done)]) + "\n"
-    runtime.barrier()  # all ranks have read it
     if runtime.is_main:
         write_atomically(part, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
     batches = -(-len(records) // config.batch_size)
@@ -156,7 +156,7 @@ def collect(config, split, records, prompts, part, tokenizer, sources, runtime):
 
 
 def main(config):
-    runtime = Runtime(RuntimeConfig(device=config.device, shard=config.shard))
+    runtime = Runtime(RuntimeConfig(device=config.device, shard=config.shard), config)
     tokenizer = Tokenizer.load(config.data)
     lock(config.data, runtime)
     sources = load_sources(config, tokenizer, runtime)

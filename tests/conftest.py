@@ -246,6 +246,13 @@ def load_model(kind, path):
 
 
 @pytest.fixture
+def every_step(monkeypatch):
+    """Runs save their state after every step."""
+    start = Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda self, *rest: start(self, *rest[:5], save_interval=-1.0))
+
+
+@pytest.fixture
 def stop_and_go_on(monkeypatch):
     """stop_and_go_on(main, config, step): a run that saves every step and is killed right after its log line of `step`,
     before that step is saved; then the same again, to its end."""

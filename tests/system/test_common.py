@@ -404,16 +404,12 @@ def test_a_checkpoint_says_what_the_next_stage_must_know(letters):
     assert checkpoint["model_config"]["width"] == 16
 
 
-def test_micro_batches_hold_rows_of_like_length_and_every_rank_has_as_many(monkeypatch):
+def test_micro_batches_hold_rows_of_like_length_and_every_rank_has_as_many():
     rows = ["aaaa", "b", "ccc", "dd", "eeeee", "f", "gg"]  # of 14 in all, on two ranks
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        runtime = Runtime(RuntimeConfig(device="cpu", micro_batch=3))
-        assert runtime.micro_batches(rows, 14, len) == [["b", "f"], ["dd", "gg"], ["ccc", "aaaa", "eeeee"]]
-        runtime = cpu()
-        assert runtime.micro_batches(rows, 14, len) == [rows]
+    for rank in (0, 1):
+        for runtime, expected in ((cpu(micro_batch=3), [["b", "f"], ["dd", "gg"], ["ccc", "aaaa", "eeeee"]]), (cpu(), [rows])):
+            runtime.rank, runtime.world_size = rank, 2
+            assert runtime.micro_batches(rows, 14, len) == expected
 
 
 # ---------------------------------------------------------------- seeds, and published settings
@@ -486,14 +482,17 @@ def test_a_run_is_refused_if_another_machine_has_other_inputs(monkeypatch, tmp_p
 
 def test_processes_on_gpus_wait_for_hours_and_sum_numbers_of_the_cpu_by_gloo(monkeypatch):
     asked = {}
-    monkeypatch.setattr(devices.dist, "rendezvous", lambda url: iter([("store", 1, 2)]))
+    store = SimpleNamespace(set_timeout=lambda timeout: None)
+    monkeypatch.setattr(devices.dist, "rendezvous", lambda url: iter([(store, 1, 2)]))
     monkeypatch.setattr(devices.dist, "PrefixStore", lambda prefix, store: store)
     monkeypatch.setattr(devices.dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
     monkeypatch.setattr(devices.atexit, "register", lambda work: None)
-    devices.start_process_group(2, torch.device("cuda:1"))
+    monkeypatch.setattr(devices.Others, "store", None)
+    devices.join(2)
+    devices.start_process_group(torch.device("cuda:1"))
     assert asked["backend"] == "cpu:gloo,cuda:nccl" and asked["device_id"] == torch.device("cuda:1")
     assert asked["timeout"].total_seconds() >= 3600 and (asked["rank"], asked["world_size"]) == (1, 2)
-    devices.start_process_group(2, torch.device("cpu"))
+    devices.start_process_group(torch.device("cpu"))
     assert asked["backend"] == "gloo" and asked["device_id"] is None
 
 

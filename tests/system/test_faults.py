@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import platform
 import random
 import re
 import resource
@@ -50,12 +51,6 @@ SHORT = {"sft": dict(epochs=1), "reward": dict(batch_size=16), "ppo": dict(itera
 
 def config_of(letters, stage, out, **changes):
     return getattr(letters, stage)(out=str(letters.out / out), **changes)
-
-
-@pytest.fixture
-def every_step(monkeypatch):
-    start = Run.__init__
-    monkeypatch.setattr(Run, "__init__", lambda self, *rest: start(self, *rest[:5], save_interval=-1.0))
 
 
 def fork(work, errors=os.devnull):
@@ -553,7 +548,8 @@ def test_ranks_that_find_different_resume_files_all_refuse_to_go_on(letters, eve
     for other in ("nothing", "damaged"):
         folders = [letters.out / "one", letters.out / other]
         assert on_two_ranks(config, folders) == [
-            f"{folder}: not all processes find the same resume.pt there; give them a folder that they share" for folder in folders]
+            f"{platform.node()} (rank 1) has no {folders[0]}/resume.pt, unlike {platform.node()} (rank 0); "
+            "give all processes the same folder"] * 2
 
 
 # ---------------------------------------------------------------- asked to stop

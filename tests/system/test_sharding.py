@@ -18,10 +18,9 @@ import common.files
 import common.run
 import sft
 from common.config import UserError
-from conftest import ROOT, cpu, load_model, random_gpt, read_log, same, save, weights
+from conftest import ROOT, cpu, load_model, random_gpt, read_log, same, save
 from model import GPT, ScalarModel
-from test_faults import (SHORT, STAGES, assert_same_run, config_of, count_moments, die, ended, every_step, fork, fork_ranks,
-                         lines_in, nearly, wait_for)
+from test_faults import (SHORT, STAGES, assert_same_run, config_of, count_moments, die, ended, fork, fork_ranks, lines_in, nearly, wait_for)
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -357,9 +356,9 @@ def test_a_full_disk_costs_one_line_and_not_the_state_before(letters, every_step
     config, errors = config_of(letters, "sft", "run", epochs=2, shard=True), letters.out / "errors"
 
     def work():
-        write = dcp.FileSystemWriter.write_data
+        write, calls = dcp.FileSystemWriter.write_data, []
 
-        def filling(self, plan, planner, calls=[]):
+        def filling(self, plan, planner):
             calls.append(1)
             if len(calls) == 3 and os.environ["RANK"] == "1":
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
