@@ -152,8 +152,7 @@ class GPT(Trunk):
         if positions is None:
             return self.unembed(hidden)
         hidden = gather_positions(hidden, positions)  # (B, R, C)
-        targets = tokens.gather(1, positions + 1)  # (B, R)
-        return self.logprobs(hidden, targets, temperature)
+        return self.logprobs(hidden, tokens.gather(1, positions + 1), temperature)  # (B, R)
 
     def logprobs(self, hidden, targets, temperature=1.0):
         """log softmax(logits / temperature) at targets: hidden (..., C), targets (...) -> (...)"""

@@ -210,15 +210,17 @@ def score_rollout(rollout, policy, ref_policy, reward_model, value_model, config
 
 
 def estimate_advantages(rollouts, config, runtime):
-    """GAE for each rollout, then whitening over the global batch."""
+    """GAE for each rollout, then whitening over the global batch. On the CPU: many operations on
+    few numbers are slow on a GPU."""
     for rollout in rollouts:
-        rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, rollout.mask,
-                                                  config.gamma, config.lam)
+        rewards, values, mask = (x.cpu() for x in (rollout.rewards, rollout.values, rollout.mask))
+        rollout.advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        rollout.returns = readers.to_device(returns, runtime.device)
     advantages = torch.cat([rollout.advantages.flatten() for rollout in rollouts])  # (N,)
-    mask = torch.cat([rollout.mask.flatten() for rollout in rollouts])  # (N,), padding included
+    mask = torch.cat([rollout.mask.flatten() for rollout in rollouts]).cpu()  # (N,), with padding
     whitened = whiten(advantages, mask, runtime.all_reduce)
     for rollout, part in zip(rollouts, whitened.split([r.mask.numel() for r in rollouts])):
-        rollout.advantages = part.view_as(rollout.mask)
+        rollout.advantages = readers.to_device(part.view_as(rollout.mask), runtime.device)
 
 
 # ---------------------------------------------------------------- updates
@@ -263,8 +265,7 @@ def value_step(value_model, minibatch, count, warmup, config):
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, in place (C.4)."""
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 # ---------------------------------------------------------------- the stage
@@ -273,12 +274,10 @@ def load_models(config, tokenizer, runtime):
     """-> policy (a Learner), ref_policy, ema, reward_model, value_model (a Learner)."""
     def load(kind, path, made_by):
         return load_model(kind, path, made_by, tokenizer, runtime, dropout=0.0)
-
     policy, ref_policy, ema = (load(GPT, config.policy, "make sft") for _ in range(3))
     reward_model, value_model = (load(ScalarModel, config.reward, "make reward") for _ in range(2))
-    for model in (ref_policy, ema, reward_model):
-        model.requires_grad_(False)
-    return (Learner(policy, config.lr, runtime), ref_policy, ema, reward_model,
+    frozen = [model.requires_grad_(False) for model in (ref_policy, ema, reward_model)]
+    return (Learner(policy, config.lr, runtime), *frozen,
             Learner(value_model, config.value_lr, runtime))
 
 

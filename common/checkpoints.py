@@ -12,10 +12,10 @@ Either can be read by any number of processes, sharded or not.
 import copy
 import dataclasses
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -54,7 +54,8 @@ def tensors(parts, runtime):
         result[name] = model_tensors(learner.model if learner else part, runtime)
         if learner and learner.optimizer.state:  # asking PyTorch for it before the first step would take a step
             options = PARTS if runtime.config.shard else WHOLE
-            result[f"{name} optimizer"] = get_optimizer_state_dict(part.model, part.optimizer, options=options)["state"]
+            everything = get_optimizer_state_dict(part.model, part.optimizer, options=options)
+            result[f"{name} optimizer"] = everything.get("state", {})  # whole: {} but on rank 0
     return result
 
 
@@ -113,7 +114,11 @@ def empty_tensors(shapes):
 
 def load_tensors(path, tensors):
     """Fill a nested dict of tensors, whole or sharded, from a folder that `save` wrote: each rank reads its part."""
-    dcp.load(tensors, storage_reader=PlainReader(path), no_dist=not dist.is_initialized())
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is one process
+            dcp.load(tensors, storage_reader=PlainReader(path))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint of this project") from error
 
 
 class PlainReader(dcp.FileSystemReader):
@@ -148,19 +153,15 @@ class PlainUnpickler(pickle.Unpickler):
 
 def restore(name, part, state, path):
     """Load what `tensors` and `Learner.state` gave for a model or a Learner; `state` is what `read` gave for `path`."""
-    is_learner = isinstance(part, Learner)
-    restore_model(name, part.model if is_learner else part, state, path)
-    if is_learner:
-        part.load_state(state[f"{name} learner"])
-    if f"{name} optimizer" in state:
-        restore_optimizer(f"{name} optimizer", part, state, path)
-
-
-def restore_model(name, model, state, path):
+    model = part.model if isinstance(part, Learner) else part
     if path.is_dir():
         load_tensors(path, {name: get_model_state_dict(model, options=PARTS)})
     else:
         set_model_state_dict(model, state[name], options=StateDictOptions(full_state_dict=True))
+    if isinstance(part, Learner):
+        part.load_state(state[f"{name} learner"])
+    if f"{name} optimizer" in state:
+        restore_optimizer(f"{name} optimizer", part, state, path)
 
 
 def restore_optimizer(name, learner, state, path):
@@ -245,6 +246,5 @@ def is_gpt2(path):
     return Path(path).suffix in (".safetensors", ".bin") or Path(path).is_dir() and not is_checkpoint(path)
 
 
-def is_checkpoint(path):
-    """Whether there may be one: a file, or a folder as --shard leaves it."""
+def is_checkpoint(path):  # a file, or a folder as --shard leaves it
     return Path(path).is_file() or (Path(path) / "state.pt").is_file()

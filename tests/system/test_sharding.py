@@ -389,9 +389,12 @@ torch.manual_seed(0)
 config = GPTConfig(vocab_size=9, context=64, layers=2, heads=2, width=32)
 whole = GPT(config).eval()
 gathers = []
-gather = dist.all_gather_into_tensor
-for module in (dist, torch.distributed.fsdp._fully_shard._fsdp_collectives.dist):
-    module.all_gather_into_tensor = lambda *rest, **more: gathers.append(1) or gather(*rest, **more)
+for name in ("all_gather_into_tensor", "all_gather_single"):  # FSDP's, in earlier versions of PyTorch and in later ones
+    if hasattr(dist, name):
+        def counted(*rest, gather=getattr(dist, name), **more):
+            gathers.append(1)
+            return gather(*rest, **more)
+        setattr(dist, name, counted)
 from torch.distributed.tensor import DTensor
 full = DTensor.full_tensor
 DTensor.full_tensor = lambda self, **more: gathers.append(1) or full(self, **more)
