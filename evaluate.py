@@ -130,7 +130,7 @@ def load_policy(entry, config, tokenizer, runtime, world):
     path = f"{config.out}/{entry.run}/model.pt"
     if entry.name == "GPT" and config.base:
         path = runtime.once_per_machine(lambda: download.weights(config.base, tokenizer))
-    if not world and entry.name != "SFT" and not is_checkpoint(path):
+    if not world and entry.name != "SFT" and not Path(path).exists():
         if runtime.is_main:
             print(f"{path} is not there: {entry.name} is left out")
         return None

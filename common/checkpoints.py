@@ -160,8 +160,8 @@ def restore(name, part, state, path):
         set_model_state_dict(model, state[name], options=StateDictOptions(full_state_dict=True))
     if isinstance(part, Learner):
         part.load_state(state[f"{name} learner"])
-    if f"{name} optimizer" in state:
-        restore_optimizer(f"{name} optimizer", part, state, path)
+        if f"{name} optimizer" in state:
+            restore_optimizer(f"{name} optimizer", part, state, path)
 
 
 def restore_optimizer(name, learner, state, path):

@@ -10,10 +10,17 @@ from common.config import UserError
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products
 
 
+def device_type(name):
+    """auto, cpu, cuda (this process's GPU), cuda:N or mps (Apple's GPU) -> cpu, cuda or mps"""
+    if name != "auto":
+        return name.split(":")[0]
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def choose_device(name, local_rank):
-    """auto, cpu, cuda (this process's GPU), cuda:N or mps (Apple's GPU) -> torch.device"""
+    """A name as above -> torch.device"""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = device_type(name)
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:

@@ -14,8 +14,10 @@ from common import files
 from common.config import Others, UserError
 
 
-def join(world_size):
+def join(world_size, device_type):
     """Connect to the store through which the processes find each other."""
+    if device_type == "mps":
+        raise UserError("--device mps: an Apple GPU computes in one process, without --shard; several take --device cpu")
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("--shard spreads a model over processes: start it with torchrun")
     store, Others.rank, Others.world_size = next(dist.rendezvous("env://"))
@@ -25,8 +27,6 @@ def join(world_size):
 
 
 def start_process_group(device):
-    if device.type == "mps":
-        raise UserError("--device mps: an Apple GPU computes in one process, without --shard; several take --device cpu")
     gpu = device.type == "cuda"
     # Numbers that are on the CPU are summed there by gloo. Two hours: the others wait while one rank downloads or saves.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=Others.store, rank=Others.rank,

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from common import files, layers, onednn, sharding
 from common.config import Disagreement, Others, UserError
 from common.decoding import RecordedSteps
-from common.devices import PRECISIONS, choose_device, choose_dtype, configure_malloc
+from common.devices import PRECISIONS, choose_device, choose_dtype, configure_malloc, device_type
 from common.processes import join, loaded_code, settings_and_sizes, start_process_group
 from model import GPT
 
@@ -58,7 +58,7 @@ class Runtime:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         first = (self.world_size > 1 or config.shard) and not dist.is_initialized()
         if first:
-            join(self.world_size)
+            join(self.world_size, device_type(config.device))
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
         self.check_same({"version of PyTorch": torch.__version__, "kind of device": self.device.type,
@@ -149,7 +149,7 @@ class Runtime:
         """UserError if {name: value} differs between the ranks, for example because one machine has other files. None: it has
         none. A rank that gives no facts is not asked. Before there is a process group, facts go through torchrun's store.
         Returns the facts."""
-        if self.world_size > 1 and not dist.is_initialized():
+        if Others.store is not None and not dist.is_initialized():
             Others.tell(facts)
             by_rank = Others.hear()
         else:

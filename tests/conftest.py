@@ -203,6 +203,7 @@ def read_log(folder):
 
 def weights(path):
     """Those of a checkpoint, a file or a folder."""
+    path = Path(path)
     if not path.is_dir():
         return torch.load(path, weights_only=True)["model"]
     shapes = torch.load(path / "state.pt", weights_only=True)["shapes"]["model"]

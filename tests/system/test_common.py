@@ -24,7 +24,7 @@ import common.seeds
 import ppo
 import reward
 import sft
-from common import devices
+from common import devices, processes
 from common.config import UserError
 from common.learner import Learner
 from common.runtime import Runtime, RuntimeConfig
@@ -483,16 +483,16 @@ def test_a_run_is_refused_if_another_machine_has_other_inputs(monkeypatch, tmp_p
 def test_processes_on_gpus_wait_for_hours_and_sum_numbers_of_the_cpu_by_gloo(monkeypatch):
     asked = {}
     store = SimpleNamespace(set_timeout=lambda timeout: None)
-    monkeypatch.setattr(devices.dist, "rendezvous", lambda url: iter([(store, 1, 2)]))
-    monkeypatch.setattr(devices.dist, "PrefixStore", lambda prefix, store: store)
-    monkeypatch.setattr(devices.dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
-    monkeypatch.setattr(devices.atexit, "register", lambda work: None)
-    monkeypatch.setattr(devices.Others, "store", None)
-    devices.join(2)
-    devices.start_process_group(torch.device("cuda:1"))
+    monkeypatch.setattr(processes.dist, "rendezvous", lambda url: iter([(store, 1, 2)]))
+    monkeypatch.setattr(processes.dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda backend, **how: asked.update(how, backend=backend))
+    monkeypatch.setattr(processes.atexit, "register", lambda work: None)
+    monkeypatch.setattr(processes.Others, "store", None)
+    processes.join(2, "cuda")
+    processes.start_process_group(torch.device("cuda:1"))
     assert asked["backend"] == "cpu:gloo,cuda:nccl" and asked["device_id"] == torch.device("cuda:1")
     assert asked["timeout"].total_seconds() >= 3600 and (asked["rank"], asked["world_size"]) == (1, 2)
-    devices.start_process_group(torch.device("cpu"))
+    processes.start_process_group(torch.device("cpu"))
     assert asked["backend"] == "gloo" and asked["device_id"] is None
 
 

@@ -523,8 +523,8 @@ def on_two_ranks(config, folders, wait=0.0):
     said = [Path(f"{config.out}.rank{rank}") for rank in range(2)]
 
     def work():
-        runtime, load = cpu(), common.files.load
-        common.files.load = lambda path: time.sleep(wait * runtime.rank) or load(path)
+        runtime, load = cpu(), common.files.load_mapped
+        common.files.load_mapped = lambda path: time.sleep(wait * runtime.rank) or load(path)
         try:
             said[runtime.rank].write_text(str(resume_in(folders[runtime.rank], config, runtime)))
         except UserError as error:

@@ -134,7 +134,7 @@ def test_the_exit_status_is_0_if_no_row_failed(a_gpu):
 def test_without_a_gpu_there_is_one_line_and_exit_status_2():
     done = subprocess.run([sys.executable, "tests/gpu.py"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "gpu.py: PyTorch finds no GPU here\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "gpu.py: PyTorch finds no Nvidia GPU here\n")
 
 
 def test_an_unknown_check_is_named():
