@@ -41,7 +41,7 @@ def activations(config, tokens, width, activation_checkpointing):
 
 
 def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activation_checkpointing=False, logits_memory=4.0,
-         length=None):
+         length=None, sampling_copy=True):
     """-> {what: bytes per GPU}. batch: episodes an iteration, all of them sampled at once; micro_batch: rows of a
     training pass, all of `length` tokens (the context's); width: bytes of a number in matrix products."""
     whole, block = parameters(GPT, config)
@@ -65,15 +65,21 @@ def plan(config, gpus=1, batch=512, micro_batch=8, width=2, shard=False, activat
                            2 * blocks * width * (width < 4) + 2 * 4 * config.vocab_size * config.width),
         "activations": activations(config, micro_batch * T, width, activation_checkpointing) + logits * 3,
     }
-    # Keys and values where the recorded steps of sampling work, which are kept: rows and slots are rounded up (decoding.py).
-    # Sharded, no step is recorded.
+    # Sharded, sampling gathers a whole copy, with the unembedding a second time (decoding.py), or as many blocks as above.
+    copies = shard and sampling_copy
+    ends = whole - blocks
+    sizes["sampling copy"] = (blocks * width + 4 * (ends + config.vocab_size * config.width)) * copies
+    # Keys and values where the recorded steps of sampling work: rows and slots are rounded up. Without a copy, none are recorded.
     per_slot = 2 * config.layers * config.width * width
     rounded = max(8, 1 << (rows - 1).bit_length()) * (-(-T // 64) * 64)
-    sizes["KV cache"] = 0 if shard else per_slot * rounded
-    # While prompts are read: their keys and values (sharded, half of them twice when finished rows are dropped), and the stream
-    # and the hidden layer of an MLP before and after its nonlinearity, 9 numbers per unit of width and token.
-    sizes["reading prompts"] = (per_slot * (1.5 if shard else 1) + 9 * config.width * width) * rows * T
-    sizes["at most"] = sum(sizes.values()) - min(sizes["activations"], sizes["reading prompts"])  # never at once
+    recorded = copies or not shard
+    sizes["KV cache"] = per_slot * rounded * recorded
+    # While prompts are read: their keys and values (not recorded: half of them twice when finished rows are dropped), and the
+    # stream and the hidden layer of an MLP before and after its nonlinearity, 9 numbers per unit of width and token.
+    sizes["reading prompts"] = (per_slot * (1 if recorded else 1.5) + 9 * config.width * width) * rows * T
+    # Sampling and training take turns. Where weights are not sharded, the cache is kept.
+    sampling = sizes["reading prompts"] + (sizes["sampling copy"] + sizes["KV cache"]) * shard
+    sizes["at most"] = sum(sizes.values()) - min(sizes["activations"], sampling)
     return sizes
 
 
@@ -87,13 +93,15 @@ def main():
     parser.add_argument("--precision", choices=["bf16", "fp16", "float32"], default="bf16", help="of matrix products [bf16]")
     parser.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False, help="as in ppo.py")
     parser.add_argument("--activation_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="as in ppo.py")
+    parser.add_argument("--sampling_copy", action=argparse.BooleanOptionalAction, default=True, help="as in ppo.py")
     config = parser.parse_args()
     if min(config.gpus, config.batch, config.micro_batch, config.memory) <= 0:
         raise UserError("every size is at least 1")
     shape = GPTConfig(**PRESETS[config.preset])
-    sizes = plan(shape, config.gpus, config.batch, config.micro_batch, width=4 if config.precision == "float32" else 2,
-                 shard=config.shard, activation_checkpointing=config.activation_checkpointing,
-                 logits_memory=config.memory / 20)  # the default of --logits_memory
+    settings = dict(gpus=config.gpus, batch=config.batch, micro_batch=config.micro_batch, shard=config.shard,
+                    width=4 if config.precision == "float32" else 2, activation_checkpointing=config.activation_checkpointing,
+                    logits_memory=config.memory / 20)  # the default of --logits_memory
+    sizes = plan(shape, sampling_copy=config.sampling_copy, **settings)
     print(f"{config.preset}: {parameters(GPT, shape)[0]:,} parameters; GiB a GPU, of {config.gpus}"
           f"{', sharded' * config.shard}{', with activation checkpointing' * config.activation_checkpointing}:\n")
     for what, size in sizes.items():
@@ -101,6 +109,9 @@ def main():
     fits = sizes["at most"] <= config.memory * GIB
     print(f"\n{'fits' if fits else 'does not fit'} {config.memory:g} GiB (an estimate: what libraries and fragmentation take is "
           "not in it)")
+    if config.shard and config.sampling_copy and not fits:
+        without = plan(shape, sampling_copy=False, **settings)["at most"]
+        print(f"with --no-sampling_copy, which samples far slower: {without / GIB:,.2f}")
 
 
 if __name__ == "__main__":

@@ -82,9 +82,22 @@ def test_sharding_divides_weights_gradients_and_optimizer_and_nothing_else():
     for what in ("policy", "value", "reference", "reward", "moving average", "gradients", "optimizer"):
         assert part[what] == pytest.approx(whole[what] / 8)
     assert part["activations"] == whole["activations"]
-    assert part["KV cache"] == 0  # sharded, no step is recorded
+    assert part["KV cache"] == whole["KV cache"] and whole["sampling copy"] == 0
     assert part["averaging"] == 0 and whole["averaging"] == whole["optimizer"] / 2  # DDP keeps a copy of both gradients
     assert part["at most"] < whole["at most"]
+
+
+def test_a_sampling_copy_has_16_bit_blocks_and_is_freed_for_training():
+    with_it, without = (plan.plan(config_of("gpt3-6.7b"), gpus=64, shard=True, micro_batch=1, sampling_copy=copy) for copy in (True, False))
+    blocks = 32 * (12 * 4096**2 + 13 * 4096)
+    ends = (50257 + 2048 + 2) * 4096
+    assert with_it["sampling copy"] == 2 * blocks + 4 * (ends + 50257 * 4096)  # and the unembedding, padded
+    assert without["sampling copy"] == without["KV cache"] == 0
+    for sizes in (with_it, without):
+        kept = sum(sizes[what] for what in ("policy", "value", "reference", "reward", "moving average", "gradients", "optimizer",
+                                            "working copies"))
+        sampling = sum(sizes[what] for what in ("sampling copy", "KV cache", "reading prompts"))
+        assert sizes["at most"] == kept + max(sampling, sizes["activations"])
 
 
 @pytest.mark.parametrize("preset", ["nano", "gpt2", "gpt3-6.7b"])
@@ -158,8 +171,8 @@ def test_the_table_of_the_documentation_is_what_the_commands_above_it_print(monk
         numbers = {line[:16].strip(): float(line[16:]) for line in printed.splitlines() if re.fullmatch(r".{16} +[\d.]+", line)}
         models = sum(numbers[name] for name in ("policy", "value", "reference", "reward", "moving average"))
         training = sum(numbers[name] for name in ("gradients", "averaging", "optimizer"))
-        rest = [numbers[name] for name in ("working copies", "activations", "KV cache", "reading prompts", "at most")]
-        assert [float(cell) for cell in row[3:10]] == pytest.approx([models, training, *rest], abs=0.06)
+        rest = [numbers[name] for name in ("working copies", "activations", "sampling copy", "KV cache", "reading prompts", "at most")]
+        assert [float(cell) for cell in row[3:11]] == pytest.approx([models, training, *rest], abs=0.06)
 
 
 @pytest.mark.parametrize("memory", ["nan", "inf"])

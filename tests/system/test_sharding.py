@@ -227,7 +227,7 @@ def test_killed_at_any_moment_of_saving_parts_a_run_resumes_to_the_same_bits(let
     assert ended(fork(lambda: run("cut0", 0))) == 0
     moments = int((letters.out / "moments").read_text())
     assert moments > 40
-    for n in random.Random(stage).sample(range(1, moments + 1), 24 if stage == "sft" else 12):
+    for n in random.Random(stage).sample(range(1, moments + 1), 10 if stage == "sft" else 5):
         assert ended(fork(lambda: run(f"cut{n}", n))) == -signal.SIGKILL
         assert ended(fork(lambda: run(f"cut{n}"))) == 0
         assert_same_run(letters.out / f"cut{n}", letters.out / "whole")
