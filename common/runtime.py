@@ -61,8 +61,9 @@ class Runtime:
             join(self.world_size, device_type(config.device))
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
-        self.check_same({"version of PyTorch": torch.__version__, "kind of device": self.device.type,
-                         "precision": str(self.dtype), **loaded_code(), **settings_and_sizes(settings or config)})
+        if self.world_size > 1:
+            self.check_same({"version of PyTorch": torch.__version__, "kind of device": self.device.type,
+                             "precision": str(self.dtype), **loaded_code(), **settings_and_sizes(settings or config)})
         if self.device.type == "cpu":
             configure_malloc(config.shard)
         if first:
