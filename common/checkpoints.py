@@ -11,7 +11,6 @@ Either can be read by any number of processes, sharded or not.
 
 import copy
 import dataclasses
-import pickle
 import warnings
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from common.config import UserError
 from common.learner import Learner
 from model import GPT, PRESETS, GPTConfig
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
-PARTS = StateDictOptions()  # those of this rank, where they are
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # copies on rank 0; the others get {}
+PARTS = StateDictOptions()  # those of this rank, not copies
 
 
 # ---------------------------------------------------------------- writing and reading
@@ -73,8 +72,7 @@ def save_folder(path, state, tensors, runtime):
             files.save(temporary / "state.pt", state | {"files": digests, "shapes": shapes(tensors)})
             files.replace(temporary, path)
     except CheckpointException as failed:  # raised on all ranks
-        (error, _), *_ = failed.failures.values()
-        raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+        raise cause(failed, f"{path} could not be written") from None
     finally:
         if runtime.is_main:
             files.remove(temporary)
@@ -95,6 +93,7 @@ def read(path, runtime):
             state = files.load(path / "state.pt")
             mine = sorted(state["files"])[runtime.rank :: runtime.world_size]
             intact = all(files.digest(path / name) == state["files"][name] for name in mine)
+            intact &= "shapes" in state
         except (OSError, ValueError, KeyError, TypeError, UserError):
             intact = False
     elif runtime.local_rank == 0:
@@ -116,37 +115,18 @@ def load_tensors(path, tensors):
     """Fill a nested dict of tensors, whole or sharded, from a folder that `save` wrote: each rank reads its part."""
     try:
         with warnings.catch_warnings(action="ignore"):  # that there is one process
-            dcp.load(tensors, storage_reader=PlainReader(path))
-    except (CheckpointException, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint of this project") from error
+            dcp.load(tensors, storage_reader=files.PlainReader(path))
+    except CheckpointException as failed:
+        raise cause(failed, f"{path} could not be read") from None
 
 
-class PlainReader(dcp.FileSystemReader):
-    """Reads a folder of tensors without running code that a manipulated file may contain: PyTorch's reader unpickles
-    .metadata."""
-
-    def read_metadata(self):
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = PlainUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class PlainUnpickler(pickle.Unpickler):
-    ALLOWED = {
-        "torch.distributed.checkpoint.metadata": {"Metadata", "TensorStorageMetadata", "TensorProperties", "MetadataIndex",
-                                                  "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "StorageMeta"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float32", "float64"},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},
-    }
-
-    def find_class(self, module, name):
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is not expected here")
-        return super().find_class(module, name)
+def cause(failed, problem):
+    """The exception to raise for one of torch.distributed.checkpoint, which wraps whatever a rank raised, Ctrl-C included."""
+    error = next(iter(failed.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt()
+    text = str(error).splitlines()[0] if str(error) else ""
+    return UserError(f"{problem}: {type(error).__name__} {text}".rstrip())
 
 
 # ---------------------------------------------------------------- a stopped run
@@ -218,9 +198,8 @@ def load_model(kind, path, made_by, tokenizer, runtime, new_head=False, context=
         fields, weights = checkpoint["model_config"], checkpoint["model"]
     try:
         config = GPTConfig(**fields | changes)
-        with torch.device("meta"):
-            expected, model = saved_as(config), kind(config)
-        if {n: w.shape for n, w in expected.named_parameters()} != {n: w.shape for n, w in weights.items()}:
+        expected, _ = sharding.build(saved_as, config)
+        if {n: w.shape for n, w in expected.state_dict().items()} != {n: w.shape for n, w in weights.items()}:
             raise ValueError
     except (TypeError, ValueError, AttributeError, RuntimeError):
         raise UserError(f"{path} holds no {saved_as.__name__}") from None
@@ -230,14 +209,12 @@ def load_model(kind, path, made_by, tokenizer, runtime, new_head=False, context=
             load_tensors(path, {"model": {"positions.weight": weights["positions.weight"]}})
         weights["positions.weight"] = gpt2.resize_positions(weights["positions.weight"], context)
         config = dataclasses.replace(config, context=context)
-        with torch.device("meta"):
-            model = kind(config)
-    model = runtime.new_model(kind, config) if new_head else runtime.place(model)
+    model = runtime.new_model(kind, config) if new_head else runtime.place(sharding.build(kind, config)[0])
     sharding.fill(model, {name: weight for name, weight in weights.items() if not weight.is_meta})
-    in_folder = {name for name, weight in weights.items() if weight.is_meta}
+    in_folder = [name for name, weight in weights.items() if weight.is_meta]
     if in_folder:
-        tensors = model_tensors(model, runtime)
-        load_tensors(path, {"model": {name: tensors[name] for name in in_folder}})
+        own = get_model_state_dict(model, options=PARTS)  # the model's own tensors, also if it is not sharded
+        load_tensors(path, {"model": {name: own[name] for name in in_folder}})
     return model
 
 

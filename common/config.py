@@ -123,7 +123,7 @@ class Others:
     """The processes of this run, and what each of them told last through torchrun's store: {name: value}, or the error that
     ends it. The store works before the process group does, and after a process left it."""
 
-    store, rank, world_size = None, 0, 1  # set by devices.join
+    store, rank, world_size = None, 0, 1  # set by processes.join
 
     @classmethod
     def tell(cls, facts):

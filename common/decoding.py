@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import sharding
 from model import GPT
 
 
@@ -21,8 +22,7 @@ class RecordedSteps:
     def __init__(self, model, dtype, padding_rows=0):
         self.parameters = dict(model.named_parameters())  # not the model, which has this object: they are freed together
         self.padding_rows = padding_rows
-        with torch.device("meta"):
-            self.network = GPT(model.config)
+        self.network, _ = sharding.build(GPT, model.config)
         weights = dict(model.state_dict())
         self.copies = {}  # name: copy
         for name, module in model.named_modules():
@@ -30,7 +30,7 @@ class RecordedSteps:
                 for kind in ("weight", "bias"):
                     self.copies[f"{name}.{kind}"] = torch.empty_like(weights[f"{name}.{kind}"], dtype=dtype)
         self.network.load_state_dict(weights | self.copies, assign=True)
-        self.network.eval().requires_grad_(False)
+        self.network.to(model.tokens.weight.device).eval().requires_grad_(False)
         self.unembedding = self.storage = self.loaded = self.graph = None
         self.graphs = {}  # (rows, slots): Graph
 

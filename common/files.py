@@ -3,10 +3,12 @@
 import fcntl
 import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from common.config import UserError
 
@@ -18,6 +20,7 @@ def write_atomically(path, write):
     temporary = path.with_name(f"{path.name}.tmp")  # a killed run's leftover is overwritten by the next
     try:
         try:
+            remove(temporary)  # a folder, if a sharded run left it
             write(temporary)
         except (RuntimeError, OSError) as error:  # torch.save turns a full disk into a RuntimeError
             raise UserError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
@@ -81,7 +84,7 @@ def is_intact(file):
 def remove(path):
     """Remove a file or a folder, if it exists."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -107,6 +110,34 @@ def digest(path, made_by=None):
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path} is missing" + (f"; in the default run `{made_by}` makes it" if made_by else "")) from None
+
+
+class PlainReader(dcp.FileSystemReader):
+    """Reads a folder of tensors without running code that a manipulated file may contain: PyTorch's reader unpickles
+    .metadata."""
+
+    def read_metadata(self):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = PlainUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class PlainUnpickler(pickle.Unpickler):
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {"Metadata", "TensorStorageMetadata", "TensorProperties", "MetadataIndex",
+                                                  "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "StorageMeta"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "float64"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is not expected here")
+        return super().find_class(module, name)
 
 
 LOCKS = {}  # folder -> open file, which holds the lock until it is closed or the process ends

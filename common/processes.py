@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and what all of them must have the same of."""
+"""The processes of a run: how they find each other, and what must be equal in all of them."""
 
 import atexit
 import gc

@@ -40,7 +40,7 @@ class Run:
         self.inputs = runtime.check_same_files(inputs)
         self.config = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESUMABLE_CHANGES}
         for path in map(Path, inputs):
-            if path.suffix == ".pt" and self.folder.resolve() in path.resolve().parents:
+            if path.suffix == ".pt" and self.folder.resolve() in (path.resolve(), *path.resolve().parents):
                 raise UserError(f"--out {config.out}: the run would replace {path}, which it starts from; choose another folder")
         if runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)

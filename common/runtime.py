@@ -184,15 +184,16 @@ class Runtime:
 
     def new_model(self, kind, config):
         """kind(config) with random weights, placed."""
-        return self.place(sharding.build(kind, config) if self.config.shard else kind(config))
+        return self.place(*sharding.build(kind, config)) if self.config.shard else self.place(kind(config))
 
-    def place(self, model):
-        """Put the model on this rank's device; with --shard, a part of it. One on the meta device gets memory, but no values."""
+    def place(self, model, recording=None):
+        """Put the model on this rank's device; with --shard, a part of it. Weights on the meta device get memory, and values if
+        there is a recording of them (sharding.build)."""
         self.configure(model)
         if self.config.shard:
-            sharding.shard(model, self.mesh, self.dtype, self.device)
+            sharding.shard(model, self.mesh, self.dtype, self.device, recording)
         elif model.tokens.weight.is_meta:
-            model.to_empty(device=self.device)
+            sharding.allocate(model, self.device)
         else:
             model.to(self.device)
         return model

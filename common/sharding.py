@@ -1,10 +1,12 @@
 """Models whose weights are spread over the processes (--shard, FSDP2), without a process ever holding all of them.
 
-A model starts on the meta device, where tensors have a shape and no memory. Each process then allocates its part and fills it
-from the whole weights, one tensor at a time: they lie in a file that is mapped into memory, or are random numbers.
+A model starts with its weights on the meta device, where tensors have a shape and no memory. Each process then allocates its
+part and fills it from the whole weights, one tensor at a time: they lie in a file that is mapped into memory, or are random
+numbers. Buffers are small: every process has them.
 """
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,38 +15,51 @@ from model import GPT
 
 
 class Recording(TorchDispatchMode):
-    """While a model is built on the meta device, records the in-place operations that would give its weights their values."""
+    """Records the in-place operations that would give weights on the meta device their values."""
 
     def __init__(self):
         super().__init__()
         self.calls, self.random_state = [], torch.get_rng_state()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation._schema.name.endswith("_"):
+        if operation._schema.name.endswith("_") and args[0].is_meta:
             self.calls.append((operation, args, kwargs or {}))
         return operation(*args, **(kwargs or {}))
 
 
 def build(kind, config):
-    """kind(config) on the meta device; `shard` computes the same initial weights."""
-    with torch.device("meta"), Recording() as recording:
-        model = kind(config)
-    model.recording = recording
-    return model
+    """kind(config) with its weights on the meta device -> the model, and a Recording of their initial values."""
+    hook = nn.modules.module.register_module_parameter_registration_hook(
+        lambda module, name, parameter: nn.Parameter(parameter.to("meta")))
+    try:
+        with Recording() as recording:
+            return kind(config), recording
+    finally:
+        hook.remove()
+
+
+def allocate(model, device):
+    """Give a model of `build`, sharded or not, memory on the device, in place. Weights have no values yet."""
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 @torch.no_grad()
-def shard(model, mesh, dtype, device):
+def shard(model, mesh, dtype, device, recording=None):
     """Spread the weights of `model`, which are whole on the CPU or on the meta device, over the mesh, in place.
-    Weights of the meta device get their initial values if `build` made them, else none."""
-    weights, recording = dict(model.named_parameters()), vars(model).pop("recording", None)
+    Those of the meta device get their initial values from the recording, if any."""
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     names = {id(weight): name for name, weight in weights.items()}
     model.to("meta")
+    for name, buffer in buffers.items():
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     for block in model.blocks:  # gathered one block at a time and freed after use
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # embeddings and last layer, in float32
-    model.to_empty(device=device)
+    allocate(model, device)
     fill(model, {name: weight for name, weight in weights.items() if not weight.is_meta})
     if recording is not None:
         torch.set_rng_state(recording.random_state)
@@ -58,24 +73,24 @@ def shard(model, mesh, dtype, device):
 
 @torch.no_grad()
 def fill(model, weights):
-    """Copy {name: whole tensor} into the parameters of a model, sharded or not, one after the other."""
-    parameters = dict(model.named_parameters())
+    """Copy {name: whole tensor} into the weights of a model, sharded or not, one after the other."""
+    targets = model.state_dict()
     for name, weight in weights.items():
-        parameter = parameters[name]
-        if hasattr(parameter, "device_mesh"):
-            weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(weight)
+        target = targets[name]
+        if hasattr(target, "device_mesh"):
+            weight = distribute_tensor(weight, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(weight)
 
 
 @torch.no_grad()
 def whole_copy(model, dtype):
     """A sharded GPT -> an unsharded one on every rank, to sample from. Weights of matrix products are in `dtype`, embeddings
     and norms in float32."""
-    with torch.device("meta"):
-        copy = GPT(model.config)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        in_product = name.startswith("blocks.") and ".norm" not in name
-        weights[name] = parameter.detach().to(dtype if in_product else torch.float32).full_tensor()
+    copy, _ = build(GPT, model.config)
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        if hasattr(weight, "full_tensor"):
+            in_product = name.startswith("blocks.") and ".norm" not in name
+            weights[name] = weight.to(dtype if in_product else torch.float32).full_tensor()
     copy.load_state_dict(weights, assign=True)
-    return copy.requires_grad_(False)
+    return copy.requires_grad_(False).to(weights["tokens.weight"].device)

@@ -290,8 +290,7 @@ def test_a_run_on_two_ranks_that_is_killed_goes_on_in_one_process(letters, stage
         os.kill(child, signal.SIGKILL)
     assert [ended(child) for child in children] == [-signal.SIGKILL] * 2
     assert not (letters.out / "two/model.pt").exists()
-    before = letters.out / "two/resume.before.pt"
-    assert common.files.load(before / "state.pt" if before.is_dir() else before)["step"] >= 1
+    assert list((letters.out / "two").glob("resume*.pt"))
     one = config_of(letters, stage, "two", **changes)
     module.main(one)
     nearly(read_log(two.out), read_log(whole.out))

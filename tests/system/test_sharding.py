@@ -200,7 +200,7 @@ def test_a_killed_run_resumes_on_another_number_of_processes_sharded_or_not(lett
             for child in children:
                 os.kill(child, signal.SIGKILL)
         assert [ended(child) for child in children] == [0 if is_last else -signal.SIGKILL] * size
-        assert is_last or (letters.out / "run/resume.before.pt").exists()
+        assert is_last or list((letters.out / "run").glob("resume*.pt"))
     nearly(read_log(config.out), read_log(whole.out))
     a, b = (load_model(GPT, letters.out / run / "model.pt") for run in ("run", "whole"))
     for p, q in zip(a.parameters(), b.parameters()):
@@ -276,6 +276,55 @@ def parts(folder, model=None):
     assert ended(fork(work, str(errors))) == 0, errors.read_text()
 
 
+LOAD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from common import checkpoints
+from common.runtime import Runtime, RuntimeConfig
+from model import GPT
+
+class Tokenizer:
+    fingerprint = "a"
+
+model = checkpoints.load_model(GPT, Path(sys.argv[2]) / "model.pt", "", Tokenizer, Runtime(RuntimeConfig(device="cpu")))
+expected = torch.load(Path(sys.argv[2]) / "expected.pt", weights_only=True)
+assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+print("right", flush=True)
+"""
+
+
+def test_a_checkpoint_in_parts_is_loaded_whole_by_several_processes(tmp_path):
+    model = random_gpt(seed=2)
+    torch.save(model.state_dict(), tmp_path / "expected.pt")
+    parts(tmp_path / "model.pt", model)
+    (tmp_path / "load.py").write_text(LOAD)
+    status, output = torchrun(tmp_path / "load.py", 2, tmp_path)
+    assert status == 0 and output.count("right") == 2, output
+
+
+def test_a_checkpoint_in_parts_is_loaded_by_a_gpu(tmp_path, monkeypatch):
+    """As on any device whose tensors get_model_state_dict would copy: what is filled must be the model's own."""
+    class Tokenizer:
+        fingerprint = "a"
+    model = random_gpt(seed=2)
+    parts(tmp_path / "model.pt", model)
+
+    def as_on_a_gpu(model, options):
+        return {name: weight.clone() if options.cpu_offload else weight for name, weight in model.state_dict().items()}
+    monkeypatch.setattr(common.checkpoints, "get_model_state_dict", as_on_a_gpu)
+    loaded = common.checkpoints.load_model(GPT, tmp_path / "model.pt", "", Tokenizer, cpu())
+    assert same(loaded.state_dict(), model.state_dict())
+
+
+def test_what_a_sharded_run_left_half_written_does_not_stop_an_unsharded_one(tmp_path):
+    (tmp_path / "file.pt.tmp").mkdir()
+    (tmp_path / "file.pt.tmp/state.pt").write_text("half")
+    common.files.save(tmp_path / "file.pt", {"step": 1})
+    assert common.files.load(tmp_path / "file.pt") == {"step": 1} and not (tmp_path / "file.pt.tmp").exists()
+
+
 def test_a_checkpoint_in_parts_is_loaded_by_one_process(tmp_path):
     class Tokenizer:
         fingerprint = "a"
@@ -323,7 +372,7 @@ def test_code_in_a_manipulated_folder_is_not_run(tmp_path):
     state = common.files.load(folder / "state.pt")
     state["files"][".metadata"] = common.files.digest(folder / ".metadata")
     common.files.save(folder / "state.pt", state)
-    with pytest.raises(UserError, match="model.pt is damaged"):
+    with pytest.raises(UserError, match="model.pt could not be read"):
         common.checkpoints.load_model(GPT, folder, "", Tokenizer, cpu())
     assert not mark.exists()
 
