@@ -49,7 +49,7 @@ class Config:
     max_new_tokens: int = 48  # the longest response
     batch_size: int = 128  # responses sampled at a time
     seed: int = 0  # of the samples, the choice of labelers, the order of presentation
-    shard: bool = False  # spread each model over the processes (torchrun); while it is sampled from, it is whole
+    shard: bool = False  # shard each model over the processes (torchrun); for sampling every process has a whole copy
     device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):
@@ -153,9 +153,10 @@ def load_reward_models(config, tokenizer, runtime):
 
 def check_inputs(config, models, runtime, world):
     """UserError if something is missing that is read only after minutes of sampling, or differs between the machines."""
-    runtime.check_same_files([*Path(config.data).glob("*.jsonl"), f"{config.data}/pretrain.valid.bin", config.judge,
-                              *Path(config.out).glob("sft/epoch*.pt"), f"{config.out}/reward/model.pt",
-                              *(f"{config.out}/{entry.run}/{name}" for entry in MODELS for name in ("model.pt", "log.jsonl"))])
+    if runtime.world_size > 1:
+        runs = [f"{config.out}/{entry.run}/{name}" for entry in MODELS for name in ("model.pt", "log.jsonl")]
+        runtime.check_same_files([*Path(config.data).glob("*.jsonl"), f"{config.data}/pretrain.valid.bin", config.judge,
+                                  *Path(config.out).glob("sft/epoch*.pt"), f"{config.out}/reward/model.pt", *runs])
     if world:
         world.check_judges(config.judges)
         readers.read_jsonl(f"{config.data}/comparisons.valid.jsonl", "judged")
@@ -177,14 +178,15 @@ def sample_responses(models, records, split, config, tokenizer, runtime, world=N
             [{"prompt": text} for text in texts], tokenizer, model.config.context - config.max_new_tokens - 1,
             f"{config.data}/prompts.{split}.jsonl")
     batches = -(-len(records) // config.batch_size)
-    bar = tqdm(total=len(models) * batches, desc="sampling", disable=not runtime.is_main)
+    rounds = -(-batches // runtime.world_size)  # each rank samples one batch per round
+    bar = tqdm(total=len(models) * rounds, desc="sampling", disable=not runtime.is_main)
 
     def sample(name, model, i):
         batch = prompts[name][i * config.batch_size : (i + 1) * config.batch_size]
         uniforms = torch.rand(len(batch), config.max_new_tokens,
                               generator=generator(config.seed, f"respond {name}", i))
         texts = [tokenizer.decode(ids) for ids in generate(model, batch, config.max_new_tokens, uniforms)]
-        bar.update(runtime.world_size)
+        bar.update()
         return [world.reply_in(text) for text in texts] if name in few_shot else texts
 
     responses = {}

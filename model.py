@@ -159,7 +159,7 @@ class GPT(Trunk):
         logits = self.unembed(hidden.flatten(0, -2) / temperature)  # (N, V)
         return -F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
-    def unfinished(self, rows):  # number of rows here -> on all ranks that share the weights
+    def unfinished(self, rows):  # rows of this process -> of all that decode together
         return rows
 
     def decode(self, tokens, cache):

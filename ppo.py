@@ -181,8 +181,8 @@ def make_rollout(pairs, end_of_text, device):
 def generate_rollouts(policy, prompts, uniforms, config, end_of_text):
     """Sample a response to each prompt of each minibatch -> minibatches: lists of micro-batches."""
     runtime, minibatches = policy.runtime, []
-    with runtime.sampling(policy.model) as model:
-        responses = iter(generate(model, sum(prompts, []), config.max_new_tokens,
+    with runtime.sampling(policy.model) as sampler:
+        responses = iter(generate(sampler, sum(prompts, []), config.max_new_tokens,
                                   torch.cat(uniforms), config.temperature))
     for minibatch in prompts:
         pairs = [(prompt, next(responses)) for prompt in minibatch]

@@ -22,7 +22,6 @@ from data import dataset, readers
 from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel, generate
 from paper.token_page import print_tokens, write_token_page
-from ppo import gae, kl_penalized_rewards
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def questions(config):
 def sample_answers(model, prompt, question, config, runtime):
     """-> config.n responses to the prompt, as lists of token ids. `question` counts the questions so far."""
     uniforms = torch.rand(config.n, config.max_new_tokens, generator=generator(config.seed, "sample", question))
-    with runtime.sampling(model) as model:
-        return generate(model, [prompt] * config.n, config.max_new_tokens, uniforms, config.temperature)
+    with runtime.sampling(model) as sampler:
+        return generate(sampler, [prompt] * config.n, config.max_new_tokens, uniforms, config.temperature)
 
 
 @torch.no_grad()
@@ -82,6 +81,7 @@ def score_of(reward_model, prompt, response, end, runtime):
 def token_table(policy, ref_policy, reward_model, value_model, settings, prompt, response, end, runtime):
     """What PPO computes for one response of R tokens -> {column: R numbers}: the reward is the KL penalty and, at the
     last token, the score; advantage and return are GAE's, before whitening. `settings`: the config of ppo.py's run."""
+    from ppo import gae, kl_penalized_rewards  # only this needs them
     batch = readers.make_batch([(prompt, response)], end, runtime.device)
     with runtime.autocast():
         logprobs, ref_logprobs = (model(batch.tokens, batch.positions, settings["temperature"])

@@ -127,8 +127,8 @@ def sample_text(model, pairs, epoch, config, tokenizer, runtime):
     prompts = [prompt[: model.config.context - length] for prompt, _ in pairs[:4]]
     numbers = generator(config.seed, f"{config.stage}: samples", epoch)
     uniforms = torch.rand(4, length, generator=numbers)[: len(prompts)]
-    with runtime.sampling(model) as model:
-        responses = generate(model, prompts, length, uniforms)
+    with runtime.sampling(model) as sampler:
+        responses = generate(sampler, prompts, length, uniforms)
     return [f"{tokenizer.decode(prompt)}|{tokenizer.decode(response)}"
             for prompt, response in zip(prompts, responses)]
 

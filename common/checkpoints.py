@@ -1,9 +1,9 @@
-"""Checkpoints: how they are written and read, and models from what other runs saved.
+"""Checkpoints: how they are written and read, and how models are loaded from those of other runs.
 
 A checkpoint is one file, the torch.save of a dict with a checksum at its end. With --shard it is a folder of the same name, in
 which all processes write their parts of the tensors at the same time (torch.distributed.checkpoint):
 
-    state.pt                    everything else, and the checksums of the other files
+    state.pt                    all other values, and the checksums of the other files
     .metadata, __RANK_0.distcp  the tensors
 
 Either can be read by any number of processes, sharded or not.
@@ -32,7 +32,7 @@ PARTS = StateDictOptions()  # those of this rank, not copies
 # ---------------------------------------------------------------- writing and reading
 
 def save(path, state, tensors, runtime):
-    """state: a dict of plain values, the same on all ranks. tensors: {name: a nested dict of tensors}, as `tensors` gives them.
+    """state: a dict of plain values, the same on all ranks. tensors: {name: a nested dict of tensors}, as `state_dicts` gives them.
     `read` gives both back in one dict. What was at `path` is replaced."""
     if runtime.config.shard:
         save_folder(Path(path), state, tensors, runtime)
@@ -45,13 +45,13 @@ def model_tensors(model, runtime):
     return get_model_state_dict(model, options=PARTS if runtime.config.shard else WHOLE)
 
 
-def tensors(parts, runtime):
-    """Those of {name: model or Learner}, for `save`."""
+def state_dicts(parts, runtime):
+    """{name: model or Learner} -> {name: its weights, "name optimizer": Adam's averages}, for `save`."""
     result = {}
     for name, part in parts.items():
         learner = part if isinstance(part, Learner) else None
         result[name] = model_tensors(learner.model if learner else part, runtime)
-        if learner and learner.optimizer.state:  # asking PyTorch for it before the first step would take a step
+        if learner and learner.optimizer.state:  # without a state, PyTorch would take a step to make one
             options = PARTS if runtime.config.shard else WHOLE
             everything = get_optimizer_state_dict(part.model, part.optimizer, options=options)
             result[f"{name} optimizer"] = everything.get("state", {})  # whole: {} but on rank 0
@@ -66,7 +66,9 @@ def save_folder(path, state, tensors, runtime):
     runtime.barrier()
     try:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary))
-        names = [file.name for file in temporary.glob(f"__{runtime.rank}_*")] + [".metadata"] * runtime.is_main
+        names = [file.name for file in temporary.glob(f"__{runtime.rank}_*")]
+        if runtime.is_main:
+            names.append(".metadata")
         digests = dict(runtime.all_gather([(name, files.digest(temporary / name)) for name in names]))
         if runtime.is_main:
             files.save(temporary / "state.pt", state | {"files": digests, "shapes": shapes(tensors)})
@@ -85,8 +87,8 @@ def shapes(tensors):
 
 def read(path, runtime):
     """What `save` wrote, on every rank. A file's tensors are mapped: what is not used is not read. A folder's are without
-    values, on the meta device; `load_tensors` reads them. ValueError, on every rank, if anything was changed: each byte is
-    checked by one rank of a machine."""
+    values, on the meta device; `load_tensors` reads them. ValueError, on every rank, if anything was changed. One rank
+    of each machine checks a file; the ranks share the files of a folder."""
     path, state, intact = Path(path), None, True
     if path.is_dir():
         try:
@@ -114,7 +116,7 @@ def empty_tensors(shapes):
 def load_tensors(path, tensors):
     """Fill a nested dict of tensors, whole or sharded, from a folder that `save` wrote: each rank reads its part."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # that there is one process
+        with warnings.catch_warnings(action="ignore"):  # about a missing process group
             dcp.load(tensors, storage_reader=files.PlainReader(path))
     except CheckpointException as failed:
         raise cause(failed, f"{path} could not be read") from None
@@ -132,7 +134,7 @@ def cause(failed, problem):
 # ---------------------------------------------------------------- a stopped run
 
 def restore(name, part, state, path):
-    """Load what `tensors` and `Learner.state` gave for a model or a Learner; `state` is what `read` gave for `path`."""
+    """Load what `state_dicts` and `Learner.state` gave for a model or a Learner; `state` is what `read` gave for `path`."""
     model = part.model if isinstance(part, Learner) else part
     if path.is_dir():
         load_tensors(path, {name: get_model_state_dict(model, options=PARTS)})
@@ -150,7 +152,7 @@ def restore_optimizer(name, learner, state, path):
     if path.is_dir():
         load_tensors(path, {name: everything["state"]})
     else:
-        everything["state"] = copy.deepcopy(state[name])  # which is mapped
+        everything["state"] = copy.deepcopy(state[name])  # the file is mapped
     options = StateDictOptions(full_state_dict=not path.is_dir())
     set_optimizer_state_dict(learner.model, learner.optimizer, everything, options=options)
 
@@ -158,7 +160,7 @@ def restore_optimizer(name, learner, state, path):
 # ---------------------------------------------------------------- models of other runs
 
 def checkpoint_of(path):
-    """A run's folder -> its model.pt; anything else stays: a checkpoint, or GPT-2 weights."""
+    """A run's folder -> its model.pt. Any other path is returned unchanged: a checkpoint, or GPT-2 weights."""
     model = Path(path) / "model.pt"
     return str(model) if is_checkpoint(model) else path
 
@@ -180,8 +182,8 @@ def load_model(kind, path, made_by, tokenizer, runtime, new_head=False, context=
     """The model of a checkpoint, placed by the runtime; `changes` replace fields of its GPTConfig. A GPT may also be GPT-2's
     weights as transformers saves them: a folder, a .safetensors or a .bin file.
 
-    new_head: a ScalarModel with the weights of a GPT and a random head. context: cut the context to so many tokens, or extend
-    it by random positions; 0: as it is."""
+    new_head: a ScalarModel with the weights of a GPT and a random head. context: cut the context to this number of tokens, or
+    extend it by random positions; 0: as it is. UserError if it is missing, damaged, of another kind or vocabulary."""
     saved_as = GPT if new_head else kind
     if is_gpt2(path) and saved_as is GPT:
         try:

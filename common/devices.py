@@ -11,14 +11,14 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def device_type(name):
-    """auto, cpu, cuda (this process's GPU), cuda:N or mps (Apple's GPU) -> cpu, cuda or mps"""
+    """auto, cpu, cuda, cuda:N or mps -> cpu, cuda or mps"""
     if name != "auto":
         return name.split(":")[0]
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def choose_device(name, local_rank):
-    """A name as above -> torch.device"""
+    """auto, cpu, cuda (this process's GPU), cuda:N or mps (Apple's GPU) -> torch.device"""
     if name == "auto":
         name = device_type(name)
     if name == "cuda":
@@ -58,8 +58,8 @@ def choose_dtype(precision, device):
 def configure_malloc(shard):
     """Linux's malloc returns large blocks to the kernel when they are freed, and the next tensor of that size waits for new,
     zeroed pages: a quarter of the time of a step at 124M parameters. So freed memory is kept. With `shard`, where memory is
-    scarce, each block from 1 MiB on is returned: kept ones are of the wrong sizes, and memory grows to several times of what
-    is in use."""
+    scarce, each block from 1 MiB on is returned: kept blocks rarely have the size of the next tensor, and memory
+    grows to several times of what is in use."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # parameters of malloc.h
     settings = {mmap_threshold: 2**20} if shard else {trim_threshold: -1, mmap_max: 0}
     with contextlib.suppress(OSError, AttributeError):  # no glibc

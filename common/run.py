@@ -23,7 +23,7 @@ from common.runtime import RESUMABLE_CHANGES
 
 
 class Run:
-    """One run's folder. Only rank 0 writes.
+    """One run's folder. Only rank 0 writes, except for checkpoints with --shard.
 
     `inputs` are the files that the run starts from: a resume.pt made from other contents is refused. `parts` are {name: model
     or Learner}, saved and restored together; a run may resume with another number of processes. resume.pt stores the lengths
@@ -131,7 +131,7 @@ class Run:
             self.sizes = {name: (self.folder / name).stat().st_size for name in self.sizes}
             if path.exists():
                 files.replace(path, self.folder / "resume.before.pt")
-        checkpoints.save(path, state | {"sizes": self.sizes}, checkpoints.tensors(self.parts, self.runtime), self.runtime)
+        checkpoints.save(path, state | {"sizes": self.sizes}, checkpoints.state_dicts(self.parts, self.runtime), self.runtime)
         self.saved_at = time.monotonic()
         self.pause = self.save_interval * max(1.0, self.saved_at - started)  # saving takes at most a thirtieth of the time
         if stop:

@@ -27,13 +27,13 @@ class RuntimeConfig:
     """How a stage is run: this changes its speed and memory, and its results by rounding only (--compile also changes the
     random numbers of dropout)."""
     device: str = "auto"  # cpu, cuda, cuda:N, mps (Apple's GPU), or auto: cuda or mps if available
-    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on a CUDA GPU, else float32
+    precision: str = "auto"  # float32, bf16, or fp16 with loss scaling; auto: 16 bits on an Nvidia GPU, else float32
     micro_batch: int = 0  # maximum rows per forward pass and process, with gradient accumulation; 0: no maximum
     shard: bool = False  # shard weights, gradients and optimizer state over the processes (FSDP2)
     activation_checkpointing: bool = False  # recompute activations inside the blocks in the backward pass
     sampling_copy: bool = True  # with --shard: sample from a whole copy of the weights; else blocks are gathered per token
     compile: bool = False  # torch.compile the blocks
-    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 0.5, or 5% of a CUDA GPU
+    logits_memory: float = 0.0  # maximum GiB of logits held at once; more are recomputed in pieces; 0: 0.5, or 5% of an Nvidia GPU
     patience: int = 10  # consecutive updates skipped for a gradient that is not finite, before the run stops
     resume: bool = True  # resume a stopped run of the same configuration
 
@@ -56,8 +56,8 @@ class Runtime:
         self.config = config
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        first = (self.world_size > 1 or config.shard) and not dist.is_initialized()
-        if first:
+        starts_group = (self.world_size > 1 or config.shard) and not dist.is_initialized()
+        if starts_group:
             join(self.world_size, device_type(config.device))
         self.device = choose_device(config.device, self.local_rank)
         self.dtype = choose_dtype(config.precision, self.device)
@@ -66,7 +66,7 @@ class Runtime:
                              "precision": str(self.dtype), **loaded_code(), **settings_and_sizes(settings or config)})
         if self.device.type == "cpu":
             configure_malloc(config.shard)
-        if first:
+        if starts_group:
             start_process_group(self.device)
         if config.shard:
             self.mesh = init_device_mesh(self.device.type, (self.world_size,))
@@ -122,7 +122,7 @@ class Runtime:
     def all_reduce(self, *numbers):
         """Each number (a float or a 0-d tensor) summed over all ranks, as a list of floats. Waits for a GPU only if one of
         them is there."""
-        if self.device.type == "mps":  # it has no float64, and there is one rank
+        if self.device.type == "mps":  # no float64 there, and one rank
             return [float(n) for n in numbers]
         on_device = any(isinstance(n, torch.Tensor) and n.device.type != "cpu" for n in numbers)
         device = self.device if on_device else torch.device("cpu")
@@ -147,9 +147,9 @@ class Runtime:
         return result if self.local_rank == 0 else work()
 
     def check_same(self, facts, advice="all processes need the same"):
-        """UserError if {name: value} differs between the ranks, for example because one machine has other files. None: it has
-        none. A rank that gives no facts is not asked. Before there is a process group, facts go through torchrun's store.
-        Returns the facts."""
+        """UserError if {name: value} differs between the ranks, for example because one machine has other files; the value None
+        is for something that is missing. A rank with None instead of facts takes part, but is not compared. Before there is a
+        process group, facts go through torchrun's store. Returns the facts of the first rank."""
         if Others.store is not None and not dist.is_initialized():
             Others.tell(facts)
             by_rank = Others.hear()

@@ -15,14 +15,15 @@ from model import GPT
 
 
 class Recording(TorchDispatchMode):
-    """Records the in-place operations that would give weights on the meta device their values."""
+    """Records the in-place operations (normal_, zeros_) that would give weights on the meta device their values. `shard` repeats
+    them for one whole tensor at a time, so that a sharded model starts with the same random numbers as any other."""
 
     def __init__(self):
         super().__init__()
         self.calls, self.random_state = [], torch.get_rng_state()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation._schema.name.endswith("_") and args[0].is_meta:
+        if operation._schema.name.endswith("_") and args[0].is_meta:  # in place
             self.calls.append((operation, args, kwargs or {}))
         return operation(*args, **(kwargs or {}))
 
@@ -49,12 +50,12 @@ def allocate(model, device):
 @torch.no_grad()
 def shard(model, mesh, dtype, device, recording=None):
     """Spread the weights of `model`, which are whole on the CPU or on the meta device, over the mesh, in place.
-    Those of the meta device get their initial values from the recording, if any."""
-    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    Those of the meta device get their initial values from the recording, if any. dtype: of matrix products in the blocks."""
+    weights = dict(model.named_parameters())
     names = {id(weight): name for name, weight in weights.items()}
-    model.to("meta")
-    for name, buffer in buffers.items():
-        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(weight.to("meta"), requires_grad=weight.requires_grad))
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     for block in model.blocks:  # gathered one block at a time and freed after use
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)

@@ -2,6 +2,7 @@
 
     python data/collect.py                          # the first round, from the SFT and base models
     python data/collect.py --sources out/ppo/model.pt@1,out/sft/model.pt@1    # a later one, appended to the first
+    torchrun --nproc_per_node=8 data/collect.py
 
 Training prompts go to training labelers. Validation prompts go in turn to a training labeler and to a held-out one, so
 that a reward model's accuracy can be measured on both. In the default world labelers are programs
@@ -49,7 +50,7 @@ class Config:
     batch_size: int = 256  # prompts at a time
     append: bool = True  # append to existing comparisons, instead of replacing them
     seed: int = 0  # of K, the sources, the samples, the labelers
-    shard: bool = False  # spread each model over the processes (torchrun); while it is sampled from, it is whole
+    shard: bool = False  # shard each model over the processes (torchrun); for sampling every process has a whole copy
     device: str = "auto"  # cpu, cuda, mps (Apple's GPU), or auto: cuda or mps if available
 
     def __post_init__(self):

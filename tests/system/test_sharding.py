@@ -19,8 +19,9 @@ import common.run
 import sft
 from common.config import UserError
 from conftest import ROOT, cpu, load_model, random_gpt, read_log, same, save
-from model import GPT, ScalarModel
-from test_faults import (SHORT, STAGES, assert_same_run, config_of, count_moments, die, ended, fork, fork_ranks, lines_in, nearly, wait_for)
+from model import GPT, GPTConfig, ScalarModel
+from test_faults import (SHORT, STAGES, Evil, assert_same_run, config_of, count_moments, die, ended, fork, fork_ranks, lines_in,
+                         nearly, wait_for)
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -150,6 +151,37 @@ def test_starting_and_saving_take_little_more_than_a_process_s_share_of_memory(t
 
 
 # ---------------------------------------------------------------- the same weights
+
+class WithBuffers(GPT):
+    """A model changed by a student: tables that are no weights, saved with it or not."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.blocks[0].register_buffer("angles", torch.arange(5.0), persistent=False)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+
+
+def assert_buffers_are_right(model):
+    assert torch.equal(model.blocks[0].angles, torch.arange(5.0)) and torch.equal(model.scale, torch.full((3,), 2.0))
+    assert "scale" in model.state_dict() and "blocks.0.angles" not in model.state_dict()
+
+
+def test_buffers_of_a_changed_model_keep_their_values_sharded_or_loaded(tmp_path):
+    class Tokenizer:
+        fingerprint = "a"
+    config = GPTConfig(vocab_size=9, context=16, layers=2, heads=2, width=16)
+    whole = WithBuffers(config)
+    common.files.save(tmp_path / "model.pt", dict(model=whole.state_dict(), model_config=vars(config), tokenizer="a"))
+    loaded = common.checkpoints.load_model(WithBuffers, tmp_path / "model.pt", "", Tokenizer, cpu())
+    assert_buffers_are_right(loaded)
+    errors = tmp_path / "errors"
+
+    def work():
+        one_rank()
+        assert_buffers_are_right(cpu(shard=True).new_model(WithBuffers, config))
+        assert_buffers_are_right(common.checkpoints.load_model(WithBuffers, tmp_path / "model.pt", "", Tokenizer, cpu(shard=True)))
+    assert ended(fork(work, str(errors))) == 0, errors.read_text()
+
 
 SAME = """
 import sys
@@ -352,14 +384,6 @@ def test_a_damaged_part_is_refused(tmp_path, name, how):
     problem = "is missing" if (name, how) == ("state.pt", "missing") else "is damaged or no checkpoint"
     with pytest.raises(UserError, match=f"model.pt {problem}"):
         common.checkpoints.load_checkpoint(tmp_path / "model.pt", "make", cpu())
-
-
-class Evil:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 def test_code_in_a_manipulated_folder_is_not_run(tmp_path):
